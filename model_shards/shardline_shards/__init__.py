@@ -1,0 +1,1 @@
+"""One model split into shards and stages: loading, parallel layers, attention, workers."""

@@ -1,0 +1,1 @@
+"""Requests, KV blocks, step planning. No torch, no asyncio, no I/O, no clock of its own."""

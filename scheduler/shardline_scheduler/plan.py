@@ -1,0 +1,109 @@
+"""The data that crosses from the engine to the workers and back: what every rank does in one step.
+
+Plain frozen structures, no behaviour and no policy. They are encoded as msgpack on the wire.
+A plan is a delta: a request travels in full once, and as a few integers in every later step.
+"""
+
+from msgspec import Struct
+
+
+class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the tokens of one request are chosen; already validated, nothing is optional by accident.
+
+    `temperature` 0 means greedy. `top_k` 0 means the whole vocabulary. `seed` is always set: the
+    front end draws one when the client gave none, so that a replay gives the same tokens.
+    `stop_token_ids` holds every id that ends the request, the model's end-of-sequence ids included
+    unless the client asked to ignore them; none of them can be drawn before `min_tokens` tokens.
+    `num_logprobs` is the number of alternatives beside the chosen token (None: no logprobs at all).
+    """
+
+    max_tokens: int
+    seed: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+
+
+class TokenLogprobs(Struct, frozen=True, array_like=True):
+    """Log-probability (natural log) of one token, and of the likeliest ones, best first."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class NewRequest(Struct, frozen=True, array_like=True):
+    """A request that the workers do not know yet.
+
+    `request_index` stands for the request in all later plans; an index is never used twice.
+    `token_ids` holds the prompt and, for a request that comes back after a preemption or a fault,
+    the tokens emitted so far; the first `num_prompt_tokens` of them are the prompt.
+    """
+
+    request_index: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+
+
+class ScheduledRequest(Struct, frozen=True, array_like=True):
+    """One request's part of a step: compute tokens [num_computed, num_computed + num_scheduled).
+
+    `token_ids` are appended to the request's tokens before the step runs: the sampled tokens that
+    the workers have not been told yet. `block_ids` are appended to its block table.
+    `samples` says that a token is drawn from the logits of the last scheduled token.
+    """
+
+    request_index: int
+    num_computed_tokens: int
+    num_scheduled_tokens: int
+    token_ids: list[int]
+    block_ids: list[int]
+    samples: bool
+
+
+class StepPlan(Struct, frozen=True, array_like=True):
+    """What every rank does in one step, applied in this order: forget, learn, compute.
+
+    `released` are the indexes of requests that the workers forget (finished, aborted, preempted).
+    Plans are executed strictly in the order of `step_id`, so a block that one plan frees may be
+    written by the next one.
+    """
+
+    step_id: int
+    released: list[int]
+    new_requests: list[NewRequest]
+    scheduled: list[ScheduledRequest]
+
+
+class SampledToken(Struct, frozen=True, array_like=True):
+    """A drawn token, with its logprobs where the request asked for them."""
+
+    request_index: int
+    token_id: int
+    logprobs: TokenLogprobs | None
+
+
+class PromptLogprobs(Struct, frozen=True, array_like=True):
+    """Logprobs of prompt tokens `start`, `start + 1`, … given what precedes each of them."""
+
+    request_index: int
+    start: int
+    logprobs: list[TokenLogprobs]
+
+
+class StepResult(Struct, frozen=True, array_like=True):
+    """What the last stage sends back: one token for each scheduled request that samples."""
+
+    step_id: int
+    tokens: list[SampledToken]
+    prompt_logprobs: list[PromptLogprobs]

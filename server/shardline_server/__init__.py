@@ -1,0 +1,1 @@
+"""Front ends, engine process, launcher and command line."""

@@ -1,0 +1,86 @@
+"""The one exception tree; each door maps it once (`http_status` here, the gRPC code beside it).
+
+ShardlineError
+├── InvalidRequest            400 INVALID_ARGUMENT     the request is wrong; `param` names the field
+│   └── PromptTooLong         400 INVALID_ARGUMENT
+├── AuthenticationFailed      401 UNAUTHENTICATED
+├── ModelNotFound             404 NOT_FOUND
+├── QueueFull                 503 RESOURCE_EXHAUSTED   come back later
+├── EngineUnavailable         503 UNAVAILABLE          not ready yet, leaving, or dead
+├── RequestFailed             500 INTERNAL             accepted, then failed
+└── ConfigError               at start only            the operator can mend it; no traceback is shown
+"""
+
+
+class ShardlineError(Exception):
+    """Base of everything we raise on purpose. The message says what the reader can do."""
+
+    http_status = 500
+    grpc_code = "INTERNAL"
+    type = "server_error"
+    code: str | None = None
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidRequest(ShardlineError):
+    """The request cannot be served as it is written."""
+
+    http_status = 400
+    grpc_code = "INVALID_ARGUMENT"
+    type = "invalid_request_error"
+
+
+class PromptTooLong(InvalidRequest):
+    """Prompt and output do not fit the context window; the message says how long is allowed."""
+
+    code = "context_length_exceeded"
+
+
+class AuthenticationFailed(ShardlineError):
+    """No API key, or a wrong one."""
+
+    http_status = 401
+    grpc_code = "UNAUTHENTICATED"
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+
+class ModelNotFound(ShardlineError):
+    """A model name that this server does not serve."""
+
+    http_status = 404
+    grpc_code = "NOT_FOUND"
+    type = "invalid_request_error"
+    code = "model_not_found"
+
+
+class QueueFull(ShardlineError):
+    """The waiting queue is at its limit."""
+
+    http_status = 503
+    grpc_code = "RESOURCE_EXHAUSTED"
+    type = "overloaded_error"
+    code = "queue_full"
+
+
+class EngineUnavailable(ShardlineError):
+    """The engine is not ready, is leaving, or has died."""
+
+    http_status = 503
+    grpc_code = "UNAVAILABLE"
+    type = "server_error"
+    code = "engine_unavailable"
+
+
+class RequestFailed(ShardlineError):
+    """The request was accepted and could not be finished."""
+
+    code = "request_failed"
+
+
+class ConfigError(ShardlineError):
+    """Something the operator set cannot work; printed as one line, exit status 2."""

@@ -1,0 +1,95 @@
+"""What front ends and the engine say to each other, as msgpack over ZMQ. Integers only, no text of users.
+
+A front end sends `Submit` and `Abort`; the engine sends `Output`, and `EngineReady` or `EngineFailed` once.
+"""
+
+from enum import StrEnum
+
+from msgspec import Struct
+from shardline_scheduler.plan import SamplingParams, TokenLogprobs
+
+
+class FinishReason(StrEnum):
+    """Why a stream ended; exactly one of these closes every stream."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+class Submit(Struct, frozen=True, tag=True):
+    """A new request: prompt token ids and how to sample. `request_id` is unique per front end."""
+
+    request_id: str
+    token_ids: list[int]
+    sampling: SamplingParams
+
+
+class Abort(Struct, frozen=True, tag=True):
+    """The client does not want this request any more; no Delta follows for it."""
+
+    request_id: str
+
+
+class Delta(Struct, frozen=True, array_like=True):
+    """A streamed piece of one request: `token_ids` are its output tokens `index`, `index + 1`, …
+
+    `logprobs` has one entry a token, or is empty. `prompt_logprobs` comes in pieces, in order, before
+    the first token; prompt token 0 has none, so the first entry belongs to prompt token 1.
+    The terminal record has a `finish_reason`; with "error" (or a refusal) also `error_code` (the name
+    of an exception class of `errors`) and `error_message`. `num_cached_tokens` counts the prompt
+    tokens that came from the prefix cache.
+    """
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs]
+    prompt_logprobs: list[TokenLogprobs]
+    finish_reason: FinishReason | None
+    error_code: str | None
+    error_message: str | None
+    num_cached_tokens: int
+
+
+class EngineStats(Struct, frozen=True, array_like=True):
+    """Gauges and running totals, as of one step."""
+
+    num_running: int
+    num_waiting: int
+    num_kv_blocks: int
+    num_used_kv_blocks: int
+    num_cached_kv_blocks: int
+    num_preemptions: int
+    num_prefix_queries: int
+    num_prefix_hits: int
+    num_steps: int
+    num_in_flight: int
+
+
+class Output(Struct, frozen=True, tag=True):
+    """All Deltas of one step for this front end, and the engine's gauges."""
+
+    deltas: list[Delta]
+    stats: EngineStats
+
+
+class EngineReady(Struct, frozen=True, tag=True):
+    """The split model is loaded and can serve."""
+
+    max_model_len: int
+    num_kv_blocks: int
+    block_size: int
+    vocab_size: int
+
+
+class EngineFailed(Struct, frozen=True, tag=True):
+    """The engine ends; `reason` names the rank and says why."""
+
+    reason: str
+
+
+ToEngine = Submit | Abort
+FromEngine = Output | EngineReady | EngineFailed
