@@ -1,0 +1,32 @@
+"""Attention over paged KV memory, one backend a kind of device, and the KV memory itself."""
+
+import torch
+
+from shardline_shards.attention.interface import AttentionBackend, KVLayer, PagedBatch
+from shardline_shards.attention.memory import KVShape, allocate_kv
+from shardline_shards.attention.reference import ReferenceBackend
+
+__all__ = [
+    "BACKENDS",
+    "AttentionBackend",
+    "KVLayer",
+    "KVShape",
+    "PagedBatch",
+    "allocate_kv",
+    "select_backend",
+]
+
+# Best first; whatever serves a device first is taken.
+BACKENDS: dict[str, AttentionBackend] = {
+    "reference": ReferenceBackend(),
+}
+
+
+def select_backend(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+    """The best backend that serves `device` and `dtype`; raises ValueError if none does."""
+    for backend in BACKENDS.values():
+        if backend.serves(device, dtype):
+            return backend
+    raise ValueError(
+        f"no attention backend for {dtype} on {device}; use bfloat16, float16 or float32"
+    )
