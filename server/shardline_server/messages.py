@@ -1,6 +1,9 @@
-"""What front ends and the engine say to each other, as msgpack over ZMQ. Integers only, no text of users.
+"""What front ends and the engine say to each other, as msgpack over ZMQ. Integers only, no text.
 
-A front end sends `Submit` and `Abort`; the engine sends `Output`, and `EngineReady` or `EngineFailed` once.
+A front end is a ZMQ DEALER, the engine a ROUTER; every message is one frame. A front end says
+`Hello` once, then sends `Submit` and `Abort`; the engine answers with `EngineReady` as soon as it
+can serve, then sends `Output`, and `EngineFailed` once if it has to end. There may be many front
+ends, each with its own identity.
 """
 
 from enum import StrEnum
@@ -17,6 +20,10 @@ class FinishReason(StrEnum):
     ABORT = "abort"
     DEADLINE = "deadline"
     ERROR = "error"
+
+
+class Hello(Struct, frozen=True, tag=True):
+    """A front end is there; answered with `EngineReady`, at once or when the model is loaded."""
 
 
 class Submit(Struct, frozen=True, tag=True):
@@ -36,11 +43,11 @@ class Abort(Struct, frozen=True, tag=True):
 class Delta(Struct, frozen=True, array_like=True):
     """A streamed piece of one request: `token_ids` are its output tokens `index`, `index + 1`, …
 
-    `logprobs` has one entry a token, or is empty. `prompt_logprobs` comes in pieces, in order, before
-    the first token; prompt token 0 has none, so the first entry belongs to prompt token 1.
-    The terminal record has a `finish_reason`; with "error" (or a refusal) also `error_code` (the name
-    of an exception class of `errors`) and `error_message`. `num_cached_tokens` counts the prompt
-    tokens that came from the prefix cache.
+    `logprobs` has one entry a token, or is empty. `prompt_logprobs` comes in pieces, in order,
+    before the first token; prompt token 0 has none, so the first entry belongs to prompt token 1.
+    The terminal record has a `finish_reason`; with "error" (or a refusal) also `error_code` (the
+    name of an exception class of `errors`) and `error_message`. `num_cached_tokens` counts the
+    prompt tokens that came from the prefix cache; every Delta carries it.
     """
 
     request_id: str
@@ -91,5 +98,5 @@ class EngineFailed(Struct, frozen=True, tag=True):
     reason: str
 
 
-ToEngine = Submit | Abort
+ToEngine = Hello | Submit | Abort
 FromEngine = Output | EngineReady | EngineFailed
