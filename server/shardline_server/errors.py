@@ -8,7 +8,7 @@ ShardlineError
 ├── QueueFull                 503 RESOURCE_EXHAUSTED   come back later
 ├── EngineUnavailable         503 UNAVAILABLE          not ready yet, leaving, or dead
 ├── RequestFailed             500 INTERNAL             accepted, then failed
-└── ConfigError               at start only            the operator can mend it; no traceback is shown
+└── ConfigError               at start only            the operator can mend it; no traceback
 """
 
 

@@ -9,6 +9,7 @@ ends, each with its own identity.
 from enum import StrEnum
 
 from msgspec import Struct
+
 from shardline_scheduler.plan import SamplingParams, TokenLogprobs
 
 
