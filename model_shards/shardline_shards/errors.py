@@ -1,0 +1,23 @@
+"""What goes wrong on the model side; every message says what the reader can do.
+
+ShardError
+├── ModelSourceError    the model cannot be found, fetched or converted
+├── UnsupportedModel    this architecture, or this split of it, is not served
+└── LoadError           the weights do not fit the model, or a file is damaged
+"""
+
+
+class ShardError(Exception):
+    """Base of the model side's errors."""
+
+
+class ModelSourceError(ShardError):
+    """The model cannot be found, fetched or converted."""
+
+
+class UnsupportedModel(ShardError):
+    """The architecture, or this way of splitting it, is not served."""
+
+
+class LoadError(ShardError):
+    """The weights are damaged, incomplete, or do not belong to the model."""

@@ -1,0 +1,150 @@
+"""Builds one worker's part of a model: the class from `transformers`, on meta, cut to a stage and split.
+
+What comes out has parameters on the meta device, buffers on the real one, and a list of what to read.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from shardline_shards.attention import adapter
+from shardline_shards.collectives import Collectives
+from shardline_shards.errors import UnsupportedModel
+from shardline_shards.layout import ParallelLayout, Place
+from shardline_shards.parallel_layers import SkippedLayer
+from shardline_shards.sharding import ParameterSource, TensorSharder
+
+
+@dataclass(frozen=True, slots=True)
+class StageModel:
+    """A stage of a model, and where each of its parameters comes from."""
+
+    model: PreTrainedModel
+    sources: dict[str, ParameterSource]
+    layers: range
+    is_first: bool
+    is_last: bool
+
+
+def load_config(model_path: Path) -> PreTrainedConfig:
+    """The config of a model folder. Raises UnsupportedModel for a class `transformers` lacks."""
+    try:
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModel(f"{model_path}/config.json: {error}") from error
+    model_class(config)
+    return config
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The `transformers` class that the config names."""
+    names = config.architectures or ["(none named)"]
+    found = getattr(transformers, names[0], None)
+    if found is None or not names[0].endswith("ForCausalLM"):
+        raise UnsupportedModel(
+            f"config.json names the class {names[0]!r}: Shardline serves the …ForCausalLM classes "
+            f"of transformers {transformers.__version__}"
+        )
+    return found
+
+
+def build_stage_model(
+    config: PreTrainedConfig,
+    layout: ParallelLayout,
+    place: Place,
+    tp: Collectives,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> StageModel:
+    """Build the part of the model that belongs to `place`. Raises UnsupportedModel."""
+    implementation = adapter.register()
+    with torch.device("meta"):
+        model = model_class(config)._from_config(
+            config, dtype=dtype, attn_implementation=implementation
+        )
+    model.eval().requires_grad_(False)
+    _materialize_buffers(model, device)
+    layers = layout.layers(place.stage_index)
+    cut = _Cut(model, layers, layout.is_first(place), layout.is_last(place))
+    cut.keep_stage()
+    sharder = TensorSharder(model, tp)
+    if tp.size > 1:
+        cut.shard(sharder)
+    cut.tie_head(sharder.sources)
+    return StageModel(model, sharder.sources, layers, cut.is_first, cut.is_last)
+
+
+def _materialize_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Buffers such as rotary frequencies are computed, not loaded: by the model's own initialiser."""
+    for module in model.modules():
+        buffers = dict(module.named_buffers(recurse=False))
+        for name, buffer in buffers.items():
+            setattr(module, name, torch.empty_like(buffer, device=device))
+        if buffers:
+            model._init_weights(module)
+
+
+class _Cut:
+    """Takes one stage out of a whole model, by the plan that the model's config publishes."""
+
+    def __init__(
+        self, model: PreTrainedModel, layers: range, is_first: bool, is_last: bool
+    ) -> None:
+        self.model = model
+        self.base = model.get_submodule(model.base_model_prefix)
+        self.layers = layers
+        self.is_first = is_first
+        self.is_last = is_last
+        paths = {module: path for path, module in model.named_modules()}
+        self.embedding_path = paths[model.get_input_embeddings()]
+        self.head_path = paths[model.get_output_embeddings()]
+
+    def keep_stage(self) -> None:
+        """Remove what other stages hold."""
+        for index in range(len(self.base.layers)):
+            if index not in self.layers:
+                self.base.layers[index] = SkippedLayer()
+        for path in self._outside_paths():
+            self.model.set_submodule(path, nn.Identity())
+        if not self.is_first and hasattr(self.base, "embedding_multiplier"):
+            self.base.embedding_multiplier = 1.0  # granite scales whatever it is given as embeddings
+
+    def _outside_paths(self) -> list[str]:
+        names = list(self.model.config.base_model_pp_plan or ())
+        if "layers" not in names:
+            if self.is_first and self.is_last:
+                return []
+            raise UnsupportedModel(
+                f"{type(self.model).__name__} publishes no pipeline plan; serve it with --pp 1"
+            )
+        position = names.index("layers")
+        before = [] if self.is_first else names[:position]
+        after = [] if self.is_last else names[position + 1 :]
+        paths = [f"{self.model.base_model_prefix}.{name}" for name in before + after]
+        return paths if self.is_last else [*paths, self.head_path]
+
+    def shard(self, sharder: TensorSharder) -> None:
+        """Split what is left over the tensor axis."""
+        sharder.shard_layers(self.layers)
+        if self.is_last:
+            sharder.shard_head(self.head_path)
+        if self.is_first:
+            sharder.shard_embedding(self.embedding_path)
+
+    def tie_head(self, sources: dict[str, ParameterSource]) -> None:
+        """A tied head uses the embedding's rows: the same tensor where a stage holds both."""
+        if not self.is_last or not self.model.config.tie_word_embeddings:
+            return
+        head = self.model.get_submodule(self.head_path)
+        split = sources.pop(f"{self.head_path}.weight", ParameterSource(""))
+        if self.is_first:
+            embedding = self.model.get_submodule(self.embedding_path)
+            head.weight = getattr(embedding, "inner", embedding).weight
+        else:
+            sources[f"{self.head_path}.weight"] = replace(
+                split, name=f"{self.embedding_path}.weight"
+            )
