@@ -6,21 +6,10 @@ can serve, then sends `Output`, and `EngineFailed` once if it has to end. There 
 ends, each with its own identity.
 """
 
-from enum import StrEnum
-
 from msgspec import Struct
 
 from shardline_scheduler.plan import SamplingParams, TokenLogprobs
-
-
-class FinishReason(StrEnum):
-    """Why a stream ended; exactly one of these closes every stream."""
-
-    STOP = "stop"
-    LENGTH = "length"
-    ABORT = "abort"
-    DEADLINE = "deadline"
-    ERROR = "error"
+from shardline_scheduler.request import FinishReason as FinishReason
 
 
 class Hello(Struct, frozen=True, tag=True):

@@ -1,0 +1,62 @@
+"""What the scheduler is told once, at start."""
+
+from dataclasses import dataclass
+
+from .policy import POLICIES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulerConfig:
+    """Limits of the scheduler; raises ValueError, with the numbers, where they cannot work.
+
+    `num_blocks` blocks of `block_size` tokens are the KV memory that every worker has.
+    `max_num_seqs` limits the running requests, `max_num_batched_tokens` the tokens of one step,
+    `max_num_waiting` the queue. `max_in_flight` is the number of steps that may be planned and not
+    yet committed; None means one for each of the `num_stages` stages.
+    """
+
+    num_blocks: int
+    max_model_len: int
+    block_size: int = 16
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    max_num_waiting: int = 1024
+    num_stages: int = 1
+    max_in_flight: int | None = None
+    enable_prefix_cache: bool = True
+    policy: str = "fcfs"
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_blocks",
+            "max_model_len",
+            "block_size",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_num_waiting",
+            "num_stages",
+            "in_flight_limit",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            # Else decodes alone could fill every step, and a prompt would never get its turn.
+            raise ValueError(
+                f"max_num_batched_tokens {self.max_num_batched_tokens} is below "
+                f"max_num_seqs {self.max_num_seqs}; raise the first or lower the second"
+            )
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy {self.policy!r} is unknown; one of {sorted(POLICIES)}")
+
+    @property
+    def in_flight_limit(self) -> int:
+        """How many steps may be in flight."""
+        return self.num_stages if self.max_in_flight is None else self.max_in_flight
+
+    @property
+    def max_request_tokens(self) -> int:
+        """Prompt and output tokens that one request may have: the context window or all memory.
+
+        The last output token is never read back, so it needs no slot.
+        """
+        return min(self.max_model_len, self.num_blocks * self.block_size + 1)

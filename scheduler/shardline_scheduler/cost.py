@@ -1,0 +1,54 @@
+"""What one step can afford."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(slots=True)
+class StepLoad:
+    """The work of a step so far, in the terms that its time depends on.
+
+    A single token after some context is a decode; `decode_context` sums the contexts of those.
+    `prefill_context` sums tokens times prefix length over the longer chunks.
+    """
+
+    num_prefill_tokens: int = 0
+    num_decodes: int = 0
+    decode_context: int = 0
+    prefill_context: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens of the step."""
+        return self.num_prefill_tokens + self.num_decodes
+
+    def add(self, num_tokens: int, context: int) -> None:
+        """Take `num_tokens` more, of a request that has `context` tokens computed before them."""
+        if num_tokens == 1 and context:
+            self.num_decodes += 1
+            self.decode_context += context
+        else:
+            self.num_prefill_tokens += num_tokens
+            self.prefill_context += num_tokens * context
+
+
+class StepCost(Protocol):
+    """Says how much more a step may take."""
+
+    def affordable_tokens(self, load: StepLoad, context: int) -> int:
+        """Tokens that the step may still take of a request with `context` tokens computed.
+
+        0 or less means none. Must be at least 1 for an empty load, or nothing ever runs.
+        """
+        ...
+
+
+class TokenBudget:
+    """A fixed number of tokens a step, whatever they cost."""
+
+    def __init__(self, max_num_batched_tokens: int) -> None:
+        self._max_num_batched_tokens = max_num_batched_tokens
+
+    def affordable_tokens(self, load: StepLoad, context: int) -> int:
+        """What is left of the budget."""
+        return self._max_num_batched_tokens - load.num_prefill_tokens - load.num_decodes

@@ -1,0 +1,43 @@
+"""What the scheduler tells the engine: news of requests, and gauges."""
+
+from msgspec import Struct
+
+from .plan import TokenLogprobs
+from .request import FinishReason
+
+
+class RequestOutput(Struct, frozen=True, kw_only=True):
+    """News of one request: `token_ids` are its output tokens `index`, `index + 1`, …
+
+    `logprobs` has one entry a token, or is empty. `prompt_logprobs` comes in pieces, in order,
+    beginning with prompt token 1 and complete with the first output token. Whoever has a
+    `finish_reason` is gone from the scheduler. `num_cached_tokens` counts the prompt tokens that
+    came from the prefix cache.
+    """
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs]
+    prompt_logprobs: list[TokenLogprobs]
+    finish_reason: FinishReason | None
+    num_cached_tokens: int
+
+
+class SchedulerStats(Struct, frozen=True, kw_only=True):
+    """Gauges of this moment, and totals since the start.
+
+    free + cached + used blocks make `num_kv_blocks`; a cached block is used by nobody and can be
+    allocated. Prefix queries and hits count prompt tokens, each request once.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_kv_blocks: int
+    num_used_kv_blocks: int
+    num_cached_kv_blocks: int
+    num_preemptions: int
+    num_prefix_queries: int
+    num_prefix_hits: int
+    num_steps: int
+    num_in_flight: int

@@ -1,0 +1,106 @@
+"""One request and where it stands. Plain state: only the scheduler and its memory change it."""
+
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
+
+from .plan import SamplingParams
+
+
+class FinishReason(StrEnum):
+    """Why a stream ended; exactly one of these closes every stream."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+class RequestState(Enum):
+    """WAITING -> RUNNING -> FINISHED, and back to WAITING by a preemption."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """Prompt, emitted tokens and progress of one request.
+
+    `token_ids` holds prompt and emitted tokens for the life of the request, so that a replay is
+    nothing but computing them again. `num_computed_tokens` counts what has been planned, which is
+    ahead of what the workers have done. `request_index` is its current name among the workers, who
+    have been told the first `num_sent_tokens` tokens and `num_sent_blocks` blocks.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    sampling: SamplingParams
+
+    num_prompt_tokens: int = field(init=False)
+    arrival_time: float = field(init=False, default=0.0)
+    sequence: int = field(init=False, default=-1)
+    state: RequestState = field(init=False, default=RequestState.WAITING)
+    num_preemptions: int = field(init=False, default=0)
+    num_cached_tokens: int = field(init=False, default=0)
+    num_delivered_prompt_logprobs: int = field(init=False, default=0)
+
+    request_index: int = field(init=False, default=-1)
+    num_computed_tokens: int = field(init=False, default=0)
+    num_sent_tokens: int = field(init=False, default=0)
+    num_sent_blocks: int = field(init=False, default=0)
+    last_step_id: int = field(init=False, default=-1)
+    is_token_in_flight: bool = field(init=False, default=False)
+    block_table: list[int] = field(init=False, default_factory=list)
+    block_digests: list[bytes] = field(init=False, default_factory=list)
+    num_registered_blocks: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        assert self.token_ids, "a prompt has at least one token"
+        assert self.sampling.max_tokens >= 1, "max_tokens is at least 1"
+        self.token_ids = list(self.token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens emitted so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def needs_prompt_logits(self) -> bool:
+        """Whether prompt positions must be computed even if their KV is cached.
+
+        Prompt token 0 has no logprob, hence the 1.
+        """
+        return (
+            self.sampling.num_prompt_logprobs is not None
+            and self.num_delivered_prompt_logprobs < self.num_prompt_tokens - 1
+        )
+
+    def append(self, token_id: int) -> FinishReason | None:
+        """Take in the drawn token; says why the request is finished, if it is."""
+        index = self.num_output_tokens
+        self.token_ids.append(token_id)
+        if token_id in self.sampling.stop_token_ids and index >= self.sampling.min_tokens:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if index + 1 >= self.sampling.max_tokens else None
+
+    def start(self, request_index: int, num_cached_tokens: int) -> None:
+        """Begin, or begin again, with the KV of the first `num_cached_tokens` tokens at hand."""
+        self.state = RequestState.RUNNING
+        self.request_index = request_index
+        self.num_computed_tokens = num_cached_tokens
+        self.num_sent_tokens = len(self.token_ids)
+        if self.num_preemptions == 0:
+            self.num_cached_tokens = num_cached_tokens
+
+    def restart(self) -> None:
+        """Back to WAITING, keeping tokens; whatever is in flight for it will not count."""
+        self.state = RequestState.WAITING
+        self.num_preemptions += 1
+        self.request_index = -1
+        self.num_computed_tokens = 0
+        self.num_sent_tokens = 0
+        self.num_sent_blocks = 0
+        self.is_token_in_flight = False
