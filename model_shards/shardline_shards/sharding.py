@@ -137,7 +137,11 @@ class _LayerSharder:
         style = self._style(path)
         in_attention = path.startswith(f"{self.attention_path}.")
         if style in _COLUMN_STYLES:
-            ranges = self._head_rows(path, module, style) if in_attention else self._mlp_rows(path, module)
+            ranges = (
+                self._head_rows(path, module, style)
+                if in_attention
+                else self._mlp_rows(path, module)
+            )
             self._make_column(path, module, ranges)
         elif style in _ROW_STYLES:
             self._make_row(path, module, self._columns(module, in_attention))
@@ -172,7 +176,9 @@ class _LayerSharder:
             return (query,)
         if rows == num_kv * size:
             return (kv,)
-        raise self._unsupported(f"{path!r} has {rows} rows for {num_query}+2×{num_kv} heads of {size}")
+        raise self._unsupported(
+            f"{path!r} has {rows} rows for {num_query}+2×{num_kv} heads of {size}"
+        )
 
     def _mlp_rows(self, path: str, module: nn.Linear) -> tuple[range, ...]:
         """Output rows of this rank, for single and for packed ([gate | up]) projections."""
@@ -270,7 +276,9 @@ class _LayerSharder:
 
     def _unsupported(self, reason: str) -> UnsupportedModel:
         name = type(self.sharder.model).__name__
-        return UnsupportedModel(f"{name} cannot be split over {self.sharder.tp.size} ranks: {reason}")
+        return UnsupportedModel(
+            f"{name} cannot be split over {self.sharder.tp.size} ranks: {reason}"
+        )
 
 
 def _scale(part: range, unit: int) -> range:

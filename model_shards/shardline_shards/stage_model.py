@@ -111,7 +111,9 @@ class _Cut:
         for path in self._outside_paths():
             self.model.set_submodule(path, nn.Identity())
         if not self.is_first and hasattr(self.base, "embedding_multiplier"):
-            self.base.embedding_multiplier = 1.0  # granite scales whatever it is given as embeddings
+            self.base.embedding_multiplier = (
+                1.0  # granite scales whatever it is given as embeddings
+            )
 
     def _outside_paths(self) -> list[str]:
         names = list(self.model.config.base_model_pp_plan or ())

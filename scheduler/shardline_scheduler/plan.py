@@ -71,7 +71,7 @@ class ScheduledRequest(Struct, frozen=True, array_like=True):
     samples: bool
 
 
-class StepPlan(Struct, frozen=True, array_like=True):
+class StepPlan(Struct, frozen=True, array_like=True, tag=True):
     """What every rank does in one step, applied in this order: forget, learn, compute.
 
     `released` are the indexes of requests that the workers forget (finished, aborted, preempted).
@@ -101,7 +101,7 @@ class PromptLogprobs(Struct, frozen=True, array_like=True):
     logprobs: list[TokenLogprobs]
 
 
-class StepResult(Struct, frozen=True, array_like=True):
+class StepResult(Struct, frozen=True, array_like=True, tag=True):
     """What the last stage sends back: one token for each scheduled request that samples."""
 
     step_id: int

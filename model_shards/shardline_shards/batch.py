@@ -1,0 +1,161 @@
+"""What a worker remembers of requests, and how a plan becomes the tensors of one step."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from shardline_scheduler.plan import NewRequest, SamplingParams, ScheduledRequest, StepPlan
+from torch import Tensor
+
+from shardline_shards.attention import AttentionBackend, KVLayer, PagedBatch
+
+
+@dataclass(slots=True)
+class RequestState:
+    """One live request: its tokens so far and where their keys and values lie."""
+
+    token_ids: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    block_ids: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class LogitRow:
+    """A row of the step's logits: for the token that follows position `position` of a request."""
+
+    request_index: int
+    position: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBatch:
+    """The tensors of one step, the same on every rank; requests lie one after the other.
+
+    input_ids   int64 [num_tokens]
+    positions   int64 [num_tokens]
+    logit_rows  which tokens need logits: indexes into [0, num_tokens), in the order of `rows`
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    logit_indexes: Tensor
+    rows: list[LogitRow]
+    paged: PagedBatch
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in this step."""
+        return len(self.input_ids)
+
+
+class RequestTable:
+    """The requests that the engine has told this worker about, by request index."""
+
+    def __init__(self) -> None:
+        self._requests: dict[int, RequestState] = {}
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __getitem__(self, request_index: int) -> RequestState:
+        return self._requests[request_index]
+
+    def apply(self, plan: StepPlan) -> None:
+        """Forget, learn, extend: everything of a plan but the computing."""
+        for request_index in plan.released:
+            del self._requests[request_index]
+        for new in plan.new_requests:
+            self._learn(new)
+        for scheduled in plan.scheduled:
+            request = self._requests[scheduled.request_index]
+            request.token_ids.extend(scheduled.token_ids)
+            request.block_ids.extend(scheduled.block_ids)
+
+    def _learn(self, new: NewRequest) -> None:
+        self._requests[new.request_index] = RequestState(
+            list(new.token_ids), new.num_prompt_tokens, new.sampling
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BatchBuilder:
+    """Builds step tensors for one worker."""
+
+    kv_layers: Mapping[int, KVLayer]
+    block_size: int
+    backend: AttentionBackend
+    device: torch.device
+
+    def build(self, plan: StepPlan, requests: RequestTable) -> StepBatch:
+        """The tensors of `plan`, which has been applied to `requests` and schedules something."""
+        scheduled = plan.scheduled
+        starts = np.array([entry.num_computed_tokens for entry in scheduled])
+        lengths = np.array([entry.num_scheduled_tokens for entry in scheduled])
+        query_start = np.concatenate(([0], np.cumsum(lengths)))
+        tables = _block_tables([requests[entry.request_index].block_ids for entry in scheduled])
+        sequence = np.repeat(np.arange(len(scheduled)), lengths)
+        positions = np.arange(query_start[-1]) - query_start[sequence] + starts[sequence]
+        blocks = tables[sequence, positions // self.block_size].astype(np.int64)
+        rows, indexes = _logit_rows(scheduled, query_start, requests)
+        kv_lens = starts + lengths
+        return StepBatch(
+            input_ids=self._tensor(_token_ids(scheduled, requests)),
+            positions=self._tensor(positions),
+            logit_indexes=self._tensor(np.array(indexes, dtype=np.int64)),
+            rows=rows,
+            paged=PagedBatch(
+                query_start=self._tensor(query_start.astype(np.int32)),
+                kv_lens=self._tensor(kv_lens.astype(np.int32)),
+                block_tables=self._tensor(tables),
+                slots=self._tensor(blocks * self.block_size + positions % self.block_size),
+                max_query_len=int(lengths.max()),
+                max_kv_len=int(kv_lens.max()),
+                kv_layers=self.kv_layers,
+                backend=self.backend,
+            ),
+        )
+
+    def _tensor(self, array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+
+def _block_tables(tables: list[list[int]]) -> NDArray[np.int32]:
+    padded = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
+    for row, table in zip(padded, tables, strict=True):
+        row[: len(table)] = table
+    return padded
+
+
+def _token_ids(scheduled: list[ScheduledRequest], requests: RequestTable) -> NDArray[np.int64]:
+    ids: list[int] = []
+    for entry in scheduled:
+        start = entry.num_computed_tokens
+        tokens = requests[entry.request_index].token_ids
+        ids.extend(tokens[start : start + entry.num_scheduled_tokens])
+    return np.array(ids, dtype=np.int64)
+
+
+def _logit_rows(
+    scheduled: list[ScheduledRequest], query_start: NDArray[np.int64], requests: RequestTable
+) -> tuple[list[LogitRow], list[int]]:
+    """Rows for prompt logprobs (every prompt token but the last) and for the tokens to be drawn."""
+    rows: list[LogitRow] = []
+    indexes: list[int] = []
+    for entry, start in zip(scheduled, query_start.tolist(), strict=False):
+        first, last = (
+            entry.num_computed_tokens,
+            entry.num_computed_tokens + entry.num_scheduled_tokens,
+        )
+        request = requests[entry.request_index]
+        if request.sampling.num_prompt_logprobs is not None:
+            for position in range(first, min(last, request.num_prompt_tokens - 1)):
+                rows.append(LogitRow(entry.request_index, position, False))
+                indexes.append(start + position - first)
+        if entry.samples:
+            rows.append(LogitRow(entry.request_index, last - 1, True))
+            indexes.append(start + last - 1 - first)
+    return rows, indexes

@@ -1,0 +1,96 @@
+"""What the engine and its workers say to each other, as msgpack over ZMQ, beside plans and results.
+
+Start of a worker: `Joined` → `Rendezvous` → `Loaded` → `Allocate` → `Ready`; then plans, until `Stop`.
+"""
+
+import msgspec
+from msgspec import Struct
+from shardline_scheduler.plan import StepPlan, StepResult
+
+from shardline_shards.layout import ParallelLayout, Place
+
+
+class WorkerConfig(Struct, frozen=True, kw_only=True):
+    """All that one worker is told when it starts; sent as JSON on its standard input.
+
+    `engine_address` is a ZMQ address. `host` is this worker's own address, where its tensors are
+    received. `kv_memory_bytes` is the most that KV memory may take on this worker (None: its part
+    of what is free), `max_kv_blocks` the most that the engine has use for. `cpu_ids` pins the
+    worker's `num_threads` threads (empty: not pinned).
+    """
+
+    engine_address: str
+    parent_pid: int
+    host: str
+    layout: ParallelLayout
+    place: Place
+    model_path: str
+    load_format: str
+    dtype: str
+    device: str
+    seed: int
+    block_size: int
+    kv_memory_bytes: int | None
+    free_memory_share: float
+    max_kv_blocks: int
+    max_num_batched_tokens: int
+    num_threads: int
+    cpu_ids: tuple[int, ...]
+    log_level: str
+
+
+class Joined(Struct, frozen=True, array_like=True, tag=True):
+    """A worker is there; rank 0 also says where it keeps the rendezvous store."""
+
+    rank: int
+    store_port: int | None
+
+
+class Rendezvous(Struct, frozen=True, array_like=True, tag=True):
+    """Where the store is that the process groups are formed with."""
+
+    host: str
+    port: int
+
+
+class Loaded(Struct, frozen=True, array_like=True, tag=True):
+    """A worker holds its weights, and has room for this many KV blocks."""
+
+    rank: int
+    num_kv_blocks: int
+    read_bytes: int
+    total_bytes: int
+    kv_block_bytes: int
+    attention: str
+
+
+class Allocate(Struct, frozen=True, array_like=True, tag=True):
+    """The number of KV blocks that every rank allocates."""
+
+    num_kv_blocks: int
+
+
+class Ready(Struct, frozen=True, array_like=True, tag=True):
+    """A worker executes plans from now on."""
+
+    rank: int
+
+
+class Failed(Struct, frozen=True, array_like=True, tag=True):
+    """A worker ends; `reason` is for the operator, `is_refusal` says that no traceback is wanted."""
+
+    rank: int
+    reason: str
+    is_refusal: bool
+
+
+class Stop(Struct, frozen=True, array_like=True, tag=True):
+    """Leave in good order."""
+
+
+ToWorker = Rendezvous | Allocate | StepPlan | Stop
+FromWorker = Joined | Loaded | Ready | StepResult | Failed
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
+decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode

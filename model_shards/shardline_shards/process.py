@@ -1,0 +1,40 @@
+"""What every child process does first: a name, an end with its parent, its own cores."""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+
+import setproctitle
+
+_PR_SET_PDEATHSIG = 1
+
+
+def start_child(name: str, parent_pid: int) -> None:
+    """Name this process for `ps` and make it end when its parent does, however that ends.
+
+    Ctrl-C reaches a whole foreground group; children ignore it, since their parent tells them to stop.
+    """
+    setproctitle.setproctitle(f"shardline: {name}")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent_pid:
+            os._exit(1)
+    else:
+        threading.Thread(target=_watch_parent, args=(parent_pid,), daemon=True).start()
+
+
+def _watch_parent(parent_pid: int) -> None:
+    """Systems other than Linux do not signal a parent's death: look for it."""
+    while os.getppid() == parent_pid:
+        time.sleep(1)
+    os._exit(1)
+
+
+def pin_to(cpu_ids: tuple[int, ...]) -> None:
+    """Run this process on these cores only; no-op where cores cannot be pinned or none are named."""
+    if cpu_ids and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cpu_ids)

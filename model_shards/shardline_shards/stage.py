@@ -1,0 +1,87 @@
+"""One worker's part of the forward pass: hidden states in, hidden states or logits out."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from shardline_shards.batch import StepBatch
+from shardline_shards.errors import UnsupportedModel
+from shardline_shards.parallel_layers import SkippedLayer
+from shardline_shards.stage_model import StageModel
+
+
+class Stage:
+    """Runs a stage's layers over one step."""
+
+    def __init__(self, stage_model: StageModel, device: torch.device) -> None:
+        self.is_first = stage_model.is_first
+        self.is_last = stage_model.is_last
+        self._model = stage_model.model
+        self._base = self._model.get_submodule(self._model.base_model_prefix)
+        self._device = device
+        if not self.is_first:
+            self._check_prologue()
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The whole model's config."""
+        return self._model.config
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states that stages hand on."""
+        return int(self._model.config.hidden_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights and of the hidden states."""
+        return self._model.dtype
+
+    @torch.inference_mode()
+    def run(self, batch: StepBatch, hidden: Tensor | None) -> Tensor:
+        """Compute one step.
+
+        `hidden` [num_tokens, hidden_size] comes from the stage before (None on the first). Returns
+        the same for the stage after, or on the last stage logits [num_rows, vocab_size] (whole on
+        tp rank 0 only).
+        """
+        inputs: dict[str, object] = {
+            "position_ids": batch.positions.unsqueeze(0),
+            "paged": batch.paged,
+            "use_cache": False,
+        }
+        if hidden is None:
+            inputs["input_ids"] = batch.input_ids.unsqueeze(0)
+        else:
+            inputs["inputs_embeds"] = hidden.unsqueeze(0)
+        if self.is_last:
+            output = self._model(**inputs, logits_to_keep=batch.logit_indexes)
+            return output.logits.squeeze(0)
+        return self._base(**inputs).last_hidden_state.squeeze(0)
+
+    def _check_prologue(self) -> None:
+        """Hidden states must reach the first layer as they came; some models change embeddings first."""
+        probe = torch.linspace(-1, 1, self.hidden_size, dtype=self.dtype, device=self._device)
+        layers, norm_names = self._base.layers, self._names_after_layers()
+        norms = {name: self._base.get_submodule(name) for name in norm_names}
+        self._base.layers = torch.nn.ModuleList(SkippedLayer() for _ in layers)
+        for name in norms:
+            self._base.set_submodule(name, torch.nn.Identity())
+        try:
+            positions = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
+            output = self._base(
+                inputs_embeds=probe.view(1, 1, -1), position_ids=positions, use_cache=False
+            )
+        finally:
+            self._base.layers = layers
+            for name, norm in norms.items():
+                self._base.set_submodule(name, norm)
+        if not torch.equal(output.last_hidden_state.flatten(), probe):
+            raise UnsupportedModel(
+                f"{type(self._model).__name__} changes hidden states before its first layer, so it "
+                "cannot be cut into stages; serve it with --pp 1"
+            )
+
+    def _names_after_layers(self) -> list[str]:
+        names = list(self._model.config.base_model_pp_plan)
+        return names[names.index("layers") + 1 :]

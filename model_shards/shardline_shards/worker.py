@@ -1,0 +1,262 @@
+"""One worker process: a place in the layout that loads its slices and then executes plans in order.
+
+Started as `python -m shardline_shards.worker` with a `WorkerConfig` as JSON on standard input.
+"""
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import psutil
+import torch
+import zmq
+from shardline_scheduler.plan import PromptLogprobs, SampledToken, StepPlan, StepResult
+from torch import Tensor
+
+from shardline_shards.attention import KVShape, allocate_kv, select_backend
+from shardline_shards.batch import BatchBuilder, RequestTable, StepBatch
+from shardline_shards.checkpoint import LoadReport, load_dummy, load_weights
+from shardline_shards.distributed import Communicators, host_store, join_store
+from shardline_shards.errors import ShardError
+from shardline_shards.layout import deal_heads
+from shardline_shards.messages import (
+    Allocate,
+    Failed,
+    FromWorker,
+    Joined,
+    Loaded,
+    Ready,
+    Rendezvous,
+    Stop,
+    ToWorker,
+    WorkerConfig,
+    decode_to_worker,
+    encode,
+)
+from shardline_shards.process import pin_to, start_child
+from shardline_shards.sampling import SampleRow, prompt_logprobs, sample
+from shardline_shards.stage import Stage
+from shardline_shards.stage_model import StageModel, build_stage_model, load_config
+
+logger = logging.getLogger("shardline.worker")
+
+
+class EngineChannel:
+    """The worker's end of the control channel."""
+
+    def __init__(self, address: str, rank: int) -> None:
+        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket.identity = str(rank).encode()
+        self._socket.linger = 1000
+        self._socket.connect(address)
+
+    def send(self, message: FromWorker) -> None:
+        """Queue a message for the engine."""
+        self._socket.send(encode(message))
+
+    def receive(self) -> ToWorker:
+        """Wait for the engine's next message."""
+        return decode_to_worker(self._socket.recv())
+
+    def close(self) -> None:
+        """Send what is queued, then leave."""
+        self._socket.close()
+        zmq.Context.instance().term()
+
+
+class Worker:
+    """One (stage, tp rank) of the split model."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self.config = config
+        self.rank = config.layout.rank(config.place)
+        self.device = _device(config)
+        self.channel = EngineChannel(config.engine_address, self.rank)
+        self.requests = RequestTable()
+
+    def run(self) -> None:
+        """Load, report, and execute plans until told to stop."""
+        self.communicators = self._join()
+        stage_model, report = self._load()
+        self.stage = Stage(stage_model, self.device)
+        self._allocate(report)
+        self.channel.send(Ready(self.rank))
+        while not isinstance(message := self.channel.receive(), Stop):
+            assert isinstance(message, StepPlan)
+            self._execute(message)
+        self.communicators.close()
+
+    def _join(self) -> Communicators:
+        config, world_size = self.config, self.config.layout.world_size
+        store = None
+        if self.rank == 0 and world_size > 1:
+            store = host_store(config.host, world_size)
+        self.channel.send(Joined(self.rank, store.port if store else None))
+        rendezvous = self.channel.receive()
+        assert isinstance(rendezvous, Rendezvous)
+        if store is None and world_size > 1:
+            store = join_store(rendezvous.host, rendezvous.port, world_size)
+        return Communicators(config.layout, config.place, store, config.host, self.device)
+
+    def _load(self) -> tuple[StageModel, LoadReport]:
+        config, started = self.config, time.monotonic()
+        model_path = Path(config.model_path)
+        dtype = getattr(torch, config.dtype)
+        stage_model = build_stage_model(
+            load_config(model_path),
+            config.layout,
+            config.place,
+            self.communicators.collectives,
+            dtype,
+            self.device,
+        )
+        if config.load_format == "dummy":
+            report = load_dummy(stage_model, self.device, config.seed)
+        else:
+            report = load_weights(stage_model, model_path, self.device)
+        logger.info(
+            "read %.1f of %.1f MB in %.1f s",
+            report.read_bytes / 1e6,
+            report.total_bytes / 1e6,
+            time.monotonic() - started,
+        )
+        return stage_model, report
+
+    def _allocate(self, report: LoadReport) -> None:
+        config, layers = self.config, self.config.layout.layers(self.config.place.stage_index)
+        shape = self._kv_shape()
+        block_bytes = shape.block_bytes * len(layers)
+        room = config.kv_memory_bytes or int(_free_memory(self.device) * config.free_memory_share)
+        backend = select_backend(self.device, self.stage.dtype)
+        self.channel.send(
+            Loaded(
+                self.rank,
+                min(room // block_bytes, config.max_kv_blocks),
+                report.read_bytes,
+                report.total_bytes,
+                block_bytes,
+                backend.name,
+            )
+        )
+        allocate = self.channel.receive()
+        assert isinstance(allocate, Allocate)
+        kv_layers = allocate_kv(layers, allocate.num_kv_blocks, shape, self.device)
+        self.batches = BatchBuilder(kv_layers, shape.block_size, backend, self.device)
+
+    def _kv_shape(self) -> KVShape:
+        model_config, config = self.stage.config, self.config
+        num_query = model_config.num_attention_heads
+        num_kv = getattr(model_config, "num_key_value_heads", None) or num_query
+        shares = deal_heads(num_query, num_kv, config.layout.tp)
+        head_dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // num_query
+        return KVShape(
+            block_size=config.block_size,
+            num_kv_heads=len(shares[config.place.tp_rank].kv_heads),
+            head_dim=head_dim,
+            dtype=self.stage.dtype,
+        )
+
+    def _execute(self, plan: StepPlan) -> None:
+        self.requests.apply(plan)
+        if not plan.scheduled:
+            return
+        batch = self.batches.build(plan, self.requests)
+        output = self.stage.run(batch, self._receive_hidden(batch))
+        if self.communicators.next is not None:
+            self.communicators.next.send(output)
+        elif self.config.place.tp_rank == 0:
+            self.channel.send(self._draw(plan.step_id, batch, output))
+
+    def _receive_hidden(self, batch: StepBatch) -> Tensor | None:
+        link = self.communicators.previous
+        if link is None:
+            return None
+        return link.receive(batch.num_tokens, self.stage.hidden_size, self.stage.dtype, self.device)
+
+    def _draw(self, step_id: int, batch: StepBatch, logits: Tensor) -> StepResult:
+        return StepResult(
+            step_id, self._sampled(batch, logits), self._prompt_logprobs(batch, logits)
+        )
+
+    def _sampled(self, batch: StepBatch, logits: Tensor) -> list[SampledToken]:
+        drawn = [(index, row) for index, row in enumerate(batch.rows) if row.samples]
+        if not drawn:
+            return []
+        if len(drawn) < len(batch.rows):
+            logits = logits[[index for index, _ in drawn]]
+        indexes = [row.request_index for _, row in drawn]
+        requests = [self.requests[index] for index in indexes]
+        tokens = sample(
+            logits, [SampleRow(r.sampling, r.token_ids, r.num_prompt_tokens) for r in requests]
+        )
+        return [
+            SampledToken(index, token_id, logprobs)
+            for index, (token_id, logprobs) in zip(indexes, tokens, strict=True)
+        ]
+
+    def _prompt_logprobs(self, batch: StepBatch, logits: Tensor) -> list[PromptLogprobs]:
+        by_request: dict[int, list[int]] = {}
+        for index, row in enumerate(batch.rows):
+            if not row.samples:
+                by_request.setdefault(row.request_index, []).append(index)
+        return [
+            self._prompt_part(batch, logits, request_index, indexes)
+            for request_index, indexes in by_request.items()
+        ]
+
+    def _prompt_part(
+        self, batch: StepBatch, logits: Tensor, request_index: int, indexes: list[int]
+    ) -> PromptLogprobs:
+        request = self.requests[request_index]
+        start = batch.rows[indexes[0]].position + 1
+        targets = torch.tensor(request.token_ids[start : start + len(indexes)])
+        top = request.sampling.num_prompt_logprobs or 0
+        return PromptLogprobs(request_index, start, prompt_logprobs(logits[indexes], targets, top))
+
+
+def _device(config: WorkerConfig) -> torch.device:
+    if config.device == "cpu":
+        return torch.device("cpu")
+    local = config.layout.rank(config.place) % torch.cuda.device_count()
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def main() -> None:
+    """Entry point of the process."""
+    config = msgspec.json.decode(sys.stdin.buffer.readline(), type=WorkerConfig)
+    place = config.place
+    start_child(f"worker stage={place.stage_index} tp={place.tp_rank}", config.parent_pid)
+    pin_to(config.cpu_ids)
+    torch.set_num_threads(config.num_threads)
+    logging.basicConfig(
+        level=config.log_level.upper(),
+        format=f"%(asctime)s %(levelname)s [{place}] %(message)s",
+        stream=sys.stderr,
+    )
+    worker = Worker(config)
+    try:
+        worker.run()
+    except ShardError as error:
+        worker.channel.send(Failed(worker.rank, str(error), True))
+        worker.channel.close()
+        os._exit(2)
+    except Exception as error:
+        logger.exception("this worker ends")
+        worker.channel.send(Failed(worker.rank, f"{type(error).__name__}: {error}", False))
+        worker.channel.close()
+        os._exit(1)
+    worker.channel.close()
+
+
+if __name__ == "__main__":
+    main()
