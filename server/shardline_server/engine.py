@@ -1,0 +1,285 @@
+"""The engine process: one loop that admits, plans, submits, commits and publishes.
+
+Started as `python -m shardline_server.engine` with an `EngineConfig` as JSON on standard input; its
+first and only line on standard output is an `EngineAddress`. It handles integers, never a tensor.
+"""
+
+import logging
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+
+import msgspec
+import zmq
+from shardline_scheduler import (
+    DuplicateRequest,
+    FinishReason,
+    QueueFull,
+    Request,
+    RequestOutput,
+    RequestTooLong,
+    Scheduler,
+    SchedulerConfig,
+    SchedulerError,
+)
+from shardline_shards.process import start_child
+
+from shardline_server.engine_config import EngineAddress, EngineConfig
+from shardline_server.messages import (
+    Abort,
+    Delta,
+    EngineFailed,
+    EngineReady,
+    EngineStats,
+    FromEngine,
+    Hello,
+    Output,
+    Submit,
+    ToEngine,
+)
+from shardline_server.worker_group import WorkerFailed, WorkerGroup
+
+logger = logging.getLogger("shardline.engine")
+
+_IDLE_INTERVAL_MS = 500
+_ERROR_CODES: dict[type[SchedulerError], str] = {
+    QueueFull: "QueueFull",
+    RequestTooLong: "PromptTooLong",
+    DuplicateRequest: "InvalidRequest",
+}
+
+
+class Leaving(BaseException):
+    """SIGTERM has come: whatever the loop is doing does not matter any more."""
+
+
+class FrontendChannel:
+    """The engine's end of the sockets to its front ends."""
+
+    def __init__(self, host: str) -> None:
+        self.socket = zmq.Context.instance().socket(zmq.ROUTER)
+        self.socket.sndhwm = self.socket.rcvhwm = 0
+        port = self.socket.bind_to_random_port(f"tcp://{host}")
+        self.address = f"tcp://{host}:{port}"
+        self.frontends: set[bytes] = set()
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(ToEngine).decode
+
+    def receive(self) -> tuple[bytes, ToEngine] | None:
+        """The next message and who sent it, if one is there."""
+        if not self.socket.poll(0):
+            return None
+        frontend, payload = self.socket.recv_multipart()
+        self.frontends.add(frontend)
+        return frontend, self._decode(payload)
+
+    def send(self, frontend: bytes, message: FromEngine) -> None:
+        """Queue a message for a front end."""
+        self.socket.send_multipart([frontend, self._encode(message)])
+
+    def send_all(self, message: FromEngine) -> None:
+        """Queue a message for every front end."""
+        for frontend in self.frontends:
+            self.send(frontend, message)
+
+    def close(self) -> None:
+        """Send what is queued, for a second at most, then leave."""
+        self.socket.close(linger=1000)
+
+
+@dataclass(slots=True)
+class RequestNames:
+    """Scheduler ids and the names that front ends use; two front ends may use the same."""
+
+    _clients: dict[str, tuple[bytes, str]] = field(default_factory=dict)
+
+    @staticmethod
+    def scheduler_id(frontend: bytes, request_id: str) -> str:
+        """The engine-wide name."""
+        return f"{frontend.hex()}/{request_id}"
+
+    def add(self, frontend: bytes, request_id: str) -> str:
+        """Remember who sent a request."""
+        name = self.scheduler_id(frontend, request_id)
+        self._clients[name] = (frontend, request_id)
+        return name
+
+    def __getitem__(self, name: str) -> tuple[bytes, str]:
+        return self._clients[name]
+
+    def forget(self, name: str) -> None:
+        """The request is over."""
+        self._clients.pop(name, None)
+
+
+class Engine:
+    """The loop. State changes happen here and nowhere else."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.frontends = FrontendChannel(config.host)
+        self.workers = WorkerGroup(config)
+        self._names = RequestNames()
+        self._news: dict[bytes, list[Delta]] = {}
+        self._has_news = False
+
+    def start(self) -> None:
+        """Bring the workers up and tell the front ends. Raises WorkerFailed."""
+        config = self.config
+        num_blocks = self.workers.start()
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                num_blocks=num_blocks,
+                max_model_len=config.max_model_len,
+                block_size=config.block_size,
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_num_waiting=config.max_num_waiting,
+                num_stages=config.layout.pp,
+                enable_prefix_cache=config.enable_prefix_caching,
+            )
+        )
+        self._ready = EngineReady(
+            min(config.max_model_len, self.scheduler.config.max_request_tokens),
+            num_blocks,
+            config.block_size,
+            config.vocab_size,
+        )
+        logger.info("KV memory holds %d tokens", num_blocks * config.block_size)
+        self.frontends.send_all(self._ready)
+        self._poller = zmq.Poller()
+        self._poller.register(self.frontends.socket, zmq.POLLIN)
+        self._poller.register(self.workers.socket, zmq.POLLIN)
+
+    def run(self) -> None:
+        """Serve until an exception ends it: WorkerFailed, or Leaving."""
+        while True:
+            if not self._poller.poll(_IDLE_INTERVAL_MS):
+                self._look_around()
+            self._read_inbox()
+            self._commit()
+            self._plan()
+            self._publish()
+
+    def fail(self, reason: str) -> None:
+        """Tell every front end, also those whose greeting has not been read yet."""
+        while self.frontends.receive() is not None:
+            pass
+        self.frontends.send_all(EngineFailed(reason))
+
+    def _look_around(self) -> None:
+        """Nothing has come for a while: are all workers alive, and is every block accounted for?"""
+        self.workers.check()
+        if not self.scheduler.has_work:
+            self.scheduler.check()
+
+    def _read_inbox(self) -> None:
+        while (received := self.frontends.receive()) is not None:
+            frontend, message = received
+            match message:
+                case Hello():
+                    self.frontends.send(frontend, self._ready)
+                case Submit():
+                    self._admit(frontend, message)
+                case Abort():
+                    self._abort(frontend, message.request_id)
+
+    def _admit(self, frontend: bytes, submit: Submit) -> None:
+        name = self._names.add(frontend, submit.request_id)
+        self._has_news = True
+        try:
+            self.scheduler.add(Request(name, submit.token_ids, submit.sampling), time.monotonic())
+        except SchedulerError as error:
+            if not isinstance(error, DuplicateRequest):
+                self._names.forget(name)
+            refusal = _refusal(submit.request_id, _ERROR_CODES[type(error)], str(error))
+            self._news.setdefault(frontend, []).append(refusal)
+
+    def _abort(self, frontend: bytes, request_id: str) -> None:
+        name = self._names.scheduler_id(frontend, request_id)
+        self.scheduler.abort(name)
+        self._names.forget(name)
+        self._has_news = True
+
+    def _commit(self) -> None:
+        for result in self.workers.results():
+            self._has_news = True
+            for output in self.scheduler.commit(result, time.monotonic()):
+                frontend, request_id = self._names[output.request_id]
+                self._news.setdefault(frontend, []).append(_delta(request_id, output))
+                if output.finish_reason is not None:
+                    self._names.forget(output.request_id)
+
+    def _plan(self) -> None:
+        while (plan := self.scheduler.plan(time.monotonic())) is not None:
+            self.workers.submit(plan)
+            self._has_news = True
+
+    def _publish(self) -> None:
+        if not self._has_news:
+            return
+        stats = msgspec.convert(self.scheduler.stats(), EngineStats, from_attributes=True)
+        for frontend in self.frontends.frontends:
+            self.frontends.send(frontend, Output(self._news.get(frontend, []), stats))
+        self._news.clear()
+        self._has_news = False
+
+
+def _delta(request_id: str, output: RequestOutput) -> Delta:
+    return Delta(
+        request_id,
+        output.index,
+        output.token_ids,
+        output.logprobs,
+        output.prompt_logprobs,
+        output.finish_reason,
+        None,
+        None,
+        output.num_cached_tokens,
+    )
+
+
+def _refusal(request_id: str, code: str, message: str) -> Delta:
+    return Delta(request_id, 0, [], [], [], FinishReason.ERROR, code, message, 0)
+
+
+def main() -> None:
+    """Entry point of the process."""
+    config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
+    start_child("engine", config.parent_pid)
+    logging.basicConfig(
+        level=config.log_level.upper(),
+        format="%(asctime)s %(levelname)s [engine] %(message)s",
+        stream=sys.stderr,
+    )
+    engine = Engine(config)
+    signal.signal(signal.SIGTERM, _leave)
+    address = EngineAddress(engine.frontends.address)
+    print(msgspec.json.encode(address).decode(), flush=True)
+    sys.exit(_serve(engine))
+
+
+def _leave(*_: object) -> None:
+    raise Leaving
+
+
+def _serve(engine: Engine) -> int:
+    """Run to the end; returns the exit status: 0 when told to leave, 2 for what the operator can mend."""
+    try:
+        engine.start()
+        engine.run()
+    except Leaving:
+        engine.workers.stop()
+        return 0
+    except WorkerFailed as failure:
+        logger.error("%s", failure)
+        engine.fail(str(failure))
+        engine.workers.kill()
+        return 2 if failure.is_refusal else 1
+    finally:
+        engine.frontends.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""The engine's workers: started, brought together, fed with plans, watched."""
+
+import logging
+import os
+import subprocess
+from collections.abc import Iterator
+from typing import TypeVar
+
+import zmq
+from shardline_scheduler.plan import StepPlan, StepResult
+from shardline_shards.layout import Place, deal
+from shardline_shards.messages import (
+    Allocate,
+    Failed,
+    FromWorker,
+    Joined,
+    Loaded,
+    Ready,
+    Rendezvous,
+    Stop,
+    ToWorker,
+    WorkerConfig,
+    decode_from_worker,
+    encode,
+)
+
+from shardline_server.child import describe_exit, start_child_process, stop_child_processes
+from shardline_server.engine_config import EngineConfig
+
+logger = logging.getLogger("shardline.engine")
+
+_Message = TypeVar("_Message", Joined, Loaded, Ready)
+
+_CHECK_INTERVAL_MS = 200
+_CPU_MEMORY_SHARE = 0.5
+_CUDA_MEMORY_SHARE = 0.9
+
+
+class WorkerFailed(Exception):
+    """A worker ended or said that it must; `is_refusal` if the operator can mend it."""
+
+    def __init__(self, reason: str, *, is_refusal: bool = False) -> None:
+        super().__init__(reason)
+        self.is_refusal = is_refusal
+
+
+class WorkerGroup:
+    """All workers of one engine, on one control socket."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.socket = zmq.Context.instance().socket(zmq.ROUTER)
+        self.socket.sndhwm = self.socket.rcvhwm = 0
+        port = self.socket.bind_to_random_port(f"tcp://{config.host}")
+        self._address = f"tcp://{config.host}:{port}"
+        self._processes: dict[Place, subprocess.Popen[bytes]] = {}
+
+    def start(self) -> int:
+        """Start every worker and wait until all are ready; returns the number of KV blocks.
+
+        Raises WorkerFailed.
+        """
+        places = self.config.layout.places()
+        for place, cpu_ids in zip(places, _deal_cores(len(places)), strict=True):
+            self._processes[place] = self._start_worker(place, cpu_ids)
+        joined = self._collect(Joined)
+        store_port = next((message.store_port for message in joined if message.store_port), 0)
+        self._send_all(Rendezvous(self.config.host, store_port))
+        loaded = self._collect(Loaded)
+        num_blocks = self._agree_on_blocks(loaded)
+        self._send_all(Allocate(num_blocks))
+        self._collect(Ready)
+        return num_blocks
+
+    def submit(self, plan: StepPlan) -> None:
+        """Send a plan to every worker."""
+        self._send_all(plan)
+
+    def results(self) -> Iterator[StepResult]:
+        """Results that have arrived; raises WorkerFailed if a worker says that it fails."""
+        while self.socket.poll(0):
+            message = self._receive()
+            assert isinstance(message, StepResult)
+            yield message
+
+    def check(self) -> None:
+        """Raise WorkerFailed if a worker process has ended."""
+        for place, process in self._processes.items():
+            if process.poll() is not None:
+                self._raise_last_words()
+                raise WorkerFailed(f"the worker of {place} {describe_exit(process.returncode)}")
+
+    def stop(self) -> None:
+        """Tell all workers to leave, and see that they do."""
+        self._send_all(Stop())
+        stop_child_processes(list(self._processes.values()))
+        self.socket.close(linger=0)
+
+    def kill(self) -> None:
+        """End all workers at once."""
+        for process in self._processes.values():
+            process.kill()
+        stop_child_processes(list(self._processes.values()))
+        self.socket.close(linger=0)
+
+    def _start_worker(self, place: Place, cpu_ids: tuple[int, ...]) -> subprocess.Popen[bytes]:
+        config = self.config
+        num_threads = config.threads_per_worker or max(1, len(cpu_ids))
+        worker = WorkerConfig(
+            engine_address=self._address,
+            parent_pid=os.getpid(),
+            host=config.host,
+            layout=config.layout,
+            place=place,
+            model_path=config.model_path,
+            load_format=config.load_format,
+            dtype=config.dtype,
+            device=config.device,
+            seed=config.seed,
+            block_size=config.block_size,
+            kv_memory_bytes=config.kv_memory_bytes,
+            free_memory_share=self._free_memory_share(),
+            max_kv_blocks=self._max_useful_blocks(),
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            num_threads=num_threads,
+            cpu_ids=cpu_ids,
+            log_level=config.log_level,
+        )
+        threads = {"OMP_NUM_THREADS": str(num_threads)}
+        return start_child_process("shardline_shards.worker", worker, environment=threads)
+
+    def _free_memory_share(self) -> float:
+        if self.config.device == "cuda":
+            return _CUDA_MEMORY_SHARE
+        return _CPU_MEMORY_SHARE / self.config.layout.world_size
+
+    def _max_useful_blocks(self) -> int:
+        """Twice what the most and longest requests can fill; more would only slow the start."""
+        config = self.config
+        if config.num_kv_blocks is not None:
+            return config.num_kv_blocks
+        return 2 * config.max_num_seqs * -(-config.max_model_len // config.block_size)
+
+    def _agree_on_blocks(self, loaded: list[Loaded]) -> int:
+        """The smallest of what each rank has room for: every rank holds every sequence's blocks."""
+        for message in sorted(loaded, key=lambda message: message.rank):
+            logger.info(
+                "%s: read %.1f of %.1f MB, room for %d KV blocks of %.1f kB, attention: %s",
+                self.config.layout.place(message.rank),
+                message.read_bytes / 1e6,
+                message.total_bytes / 1e6,
+                message.num_kv_blocks,
+                message.kv_block_bytes / 1e3,
+                message.attention,
+            )
+        smallest = min(loaded, key=lambda message: message.num_kv_blocks)
+        num_blocks, wanted = smallest.num_kv_blocks, self.config.num_kv_blocks
+        place = self.config.layout.place(smallest.rank)
+        if num_blocks < 1 or (wanted is not None and num_blocks < wanted):
+            raise WorkerFailed(
+                f"KV memory: {place} has room for {num_blocks} blocks of "
+                f"{smallest.kv_block_bytes} bytes, {wanted or 1} are needed; "
+                "give more by --kv-memory or ask for less by --num-kv-blocks",
+                is_refusal=True,
+            )
+        return num_blocks
+
+    def _collect(self, kind: type[_Message]) -> list[_Message]:
+        """One message of a kind from every worker."""
+        messages: list[_Message] = []
+        while len(messages) < self.config.layout.world_size:
+            if self.socket.poll(_CHECK_INTERVAL_MS):
+                message = self._receive()
+                assert isinstance(message, kind), message
+                messages.append(message)
+            else:
+                self.check()
+        return messages
+
+    def _receive(self) -> FromWorker:
+        message = decode_from_worker(self.socket.recv_multipart()[1])
+        if isinstance(message, Failed):
+            place = self.config.layout.place(message.rank)
+            reason = message.reason if message.is_refusal else f"{place} failed: {message.reason}"
+            raise WorkerFailed(reason, is_refusal=message.is_refusal)
+        return message
+
+    def _raise_last_words(self) -> None:
+        """A worker that fails says so before it ends; prefer its reason to its exit status."""
+        while self.socket.poll(0):
+            self._receive()
+
+    def _send_all(self, message: ToWorker) -> None:
+        payload = encode(message)
+        for rank in range(self.config.layout.world_size):
+            self.socket.send_multipart([str(rank).encode(), payload])
+
+
+def _deal_cores(num_workers: int) -> list[tuple[int, ...]]:
+    """This node's cores, dealt out; nobody is pinned where there are fewer cores than workers."""
+    if not hasattr(os, "sched_getaffinity"):
+        return [()] * num_workers
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < num_workers:
+        return [()] * num_workers
+    return [tuple(cores[i] for i in part) for part in deal(len(cores), num_workers)]
