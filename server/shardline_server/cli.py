@@ -86,6 +86,4 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def _start_logging(level: str) -> None:
-    logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
-    )
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(message)s")

@@ -69,6 +69,7 @@ class ServeSettings(BaseSettings):
     load_format: Annotated[Literal["auto", "dummy"], Flag("Model")] = Field(
         "auto", description="dummy gives random weights, for benchmarks"
     )
+    seed: Annotated[int, Flag("Model", "N")] = Field(0, description="of the random weights")
     cache: Annotated[Path, Flag("Model", "DIR")] = Field(
         default_factory=default_cache_dir, description="where converted models are kept"
     )
