@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from jinja2 import TemplateError
+from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import PreTrainedTokenizerFast
 
-from .errors import ConfigError, InvalidRequest
+from shardline_server.errors import ConfigError, InvalidRequest
 
 
 class Tokenizer:
@@ -29,14 +30,12 @@ class Tokenizer:
         self._decoder_types = {part["type"] for part in [decoder, *decoder.get("decoders", [])]}
         self.token_bytes = lru_cache(maxsize=None)(self._token_bytes)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; text that spells a special token becomes that token."""
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> Encoding:
+        """`ids` of a text and their `offsets` in it, in characters.
 
-    def token_offsets(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Where each token of `encode(text)` begins in the text, in characters."""
-        encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
-        return [start for start, _ in encoding.offsets]
+        Text that spells a special token becomes that token.
+        """
+        return self.backend.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of all tokens at once."""
@@ -47,8 +46,11 @@ class Tokenizer:
 
         Raises InvalidRequest without a template, or where the template refuses the messages.
         """
-        if not self._wrapped.chat_template:
+        template = self._wrapped.chat_template
+        if not template:
             raise InvalidRequest("This model has no chat template; use plain prompts instead.")
+        if "developer" not in str(template):
+            messages = [_developer_as_system(message) for message in messages]
         try:
             rendered = self._wrapped.apply_chat_template(
                 messages, tokenize=False, **template_arguments
@@ -78,6 +80,11 @@ class Tokenizer:
         if "ByteFallback" in self._decoder_types and len(token) == 6 and token.startswith("<0x"):
             return bytes([int(token[3:5], 16)])
         return token.replace("\u2581", " ").encode()
+
+
+def _developer_as_system(message: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's newer name for the role; a template that does not know it may drop the message."""
+    return message | {"role": "system"} if message["role"] == "developer" else message
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -23,7 +23,7 @@ def stream(tokenizer, token_ids, prompt=(), **options):
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_pieces_are_the_text_and_no_piece_holds_half_a_character(tokenizer, text):
-    pieces = stream(tokenizer, tokenizer.encode(text))
+    pieces = stream(tokenizer, tokenizer.encode(text).ids)
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
 
@@ -36,7 +36,7 @@ def test_any_tokens_at_all_come_out_as_decode_would_give_them(tokenizer, data):
 
 
 def test_an_unfinished_character_is_flushed_as_a_replacement(tokenizer):
-    token_ids = tokenizer.encode("a🎉")[:-1]
+    token_ids = tokenizer.encode("a🎉").ids[:-1]
     assert stream(tokenizer, token_ids)[-1] == "\ufffd"
 
 
@@ -48,20 +48,20 @@ def test_endless_invalid_bytes_are_let_go(tokenizer):
 
 
 def test_special_tokens_are_skipped_unless_asked_for(tokenizer):
-    token_ids = tokenizer.encode("a<|end|>b")
+    token_ids = tokenizer.encode("a<|end|>b").ids
     assert "".join(stream(tokenizer, token_ids)) == "ab"
     assert "".join(stream(tokenizer, token_ids, skip_special_tokens=False)) == "a<|end|>b"
 
 
 def test_the_text_follows_a_prompt_that_ends_inside_a_character(tokenizer):
-    token_ids = tokenizer.encode(" the fox")
-    prompt = tokenizer.encode("🎉")[:1]
+    token_ids = tokenizer.encode(" the fox").ids
+    prompt = tokenizer.encode("🎉").ids[:1]
     assert "".join(stream(tokenizer, token_ids, prompt=prompt)) == " the fox"
 
 
 def test_characters_are_counted(tokenizer):
     detokenizer = IncrementalDetokenizer(tokenizer.backend)
-    text = "".join(detokenizer.push(token_id) for token_id in tokenizer.encode(TEXTS[1]))
+    text = "".join(detokenizer.push(token_id) for token_id in tokenizer.encode(TEXTS[1]).ids)
     assert detokenizer.num_characters == len(text)
 
 

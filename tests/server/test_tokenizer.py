@@ -16,7 +16,7 @@ def test_the_chat_template_is_rendered(tokenizer):
     assert tokenizer.render_chat(MESSAGES) == "<|start|>user\nHi<|end|>\n"
     prompt = tokenizer.render_chat(MESSAGES, add_generation_prompt=True)
     assert prompt == "<|start|>user\nHi<|end|>\n<|start|>assistant\n"
-    assert tokenizer.encode(prompt)[0] == tokenizer.backend.token_to_id("<|start|>")
+    assert tokenizer.encode(prompt).ids[0] == tokenizer.backend.token_to_id("<|start|>")
 
 
 def test_what_the_template_refuses_is_the_clients_mistake(tokenizer):
@@ -31,7 +31,7 @@ def test_a_model_without_a_template_says_so(tokenizer_folder, tmp_path):
 
 
 def test_tokens_have_bytes_and_a_readable_text(tokenizer):
-    token_ids = tokenizer.encode(" the 🎉<|end|>")
+    token_ids = tokenizer.encode(" the 🎉<|end|>").ids
     assert b"".join(map(tokenizer.token_bytes, token_ids)) == " the 🎉<|end|>".encode()
     assert tokenizer.token_text(tokenizer.backend.token_to_id("Ģ")) == "bytes:\\x80"
     assert tokenizer.token_bytes(100_000) == b""
@@ -39,11 +39,10 @@ def test_tokens_have_bytes_and_a_readable_text(tokenizer):
 
 def test_offsets_point_into_the_text(tokenizer):
     text = "the quick fox"
-    starts = tokenizer.token_offsets(text)
-    assert len(starts) == len(tokenizer.encode(text))
+    starts = [start for start, _ in tokenizer.encode(text).offsets]
     ends = [*starts[1:], len(text)]
     pieces = [text[a:b] for a, b in zip(starts, ends, strict=True)]
-    assert pieces == [tokenizer.decode([token_id]) for token_id in tokenizer.encode(text)]
+    assert pieces == [tokenizer.decode([token_id]) for token_id in tokenizer.encode(text).ids]
 
 
 def test_truncation_stored_in_the_file_is_not_applied(tokenizer_folder, tmp_path):
@@ -51,7 +50,7 @@ def test_truncation_stored_in_the_file_is_not_applied(tokenizer_folder, tmp_path
     stored["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst"}
     stored["truncation"]["stride"] = 0
     (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
-    assert len(load_tokenizer(tmp_path).encode("a b c d e f")) > 2
+    assert len(load_tokenizer(tmp_path).encode("a b c d e f").ids) > 2
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):

@@ -1,0 +1,226 @@
+"""The front end's end of the wire to the engine: requests out, Deltas in. Token ids only.
+
+A slow reader holds up nobody: each group of requests has its own queue, and that may grow, since
+`max_tokens` bounds what can come.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from shardline_server.errors import EngineUnavailable
+from shardline_server.messages import (
+    Abort,
+    Delta,
+    EngineFailed,
+    EngineReady,
+    EngineStats,
+    FinishReason,
+    FromEngine,
+    Hello,
+    Output,
+    Submit,
+    ToEngine,
+)
+
+logger = logging.getLogger("shardline.frontend")
+
+
+class DeltaStream:
+    """The Deltas of a group of requests, in the order they come, until each has ended.
+
+    Leaving the `with` block aborts in the engine what has not ended.
+    """
+
+    def __init__(self, request_ids: Sequence[str], abort: Callable[[Sequence[str]], None]) -> None:
+        self._open = set(request_ids)
+        self._abort_in_engine = abort
+        self._queue: asyncio.Queue[Delta] = asyncio.Queue()
+
+    def __enter__(self) -> "DeltaStream":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close(list(self._open))
+
+    def __aiter__(self) -> "DeltaStream":
+        return self
+
+    async def __anext__(self) -> Delta:
+        while True:
+            if not self._open and self._queue.empty():
+                raise StopAsyncIteration
+            delta = await self._queue.get()
+            if delta.request_id in self._open:
+                break
+        if delta.finish_reason is not None:
+            self._open.remove(delta.request_id)
+        return delta
+
+    def put(self, delta: Delta) -> None:
+        """Called by the reader of the wire."""
+        self._queue.put_nowait(delta)
+
+    def close(self, request_ids: Sequence[str]) -> None:
+        """The reader wants no more of these: they are aborted, and nothing more comes for them."""
+        self._abort_in_engine(
+            [request_id for request_id in request_ids if request_id in self._open]
+        )
+        self._open.difference_update(request_ids)
+
+    def abort(self) -> None:
+        """End what has not ended, with the terminal record "abort" for the reader."""
+        self._abort_in_engine(list(self._open))
+        for request_id in self._open:
+            self.put(terminal_delta(request_id, FinishReason.ABORT))
+
+
+class EngineClient:
+    """One connection to one engine, with any number of open requests."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._streams: dict[str, DeltaStream] = {}
+        self._context = zmq.asyncio.Context()
+        self._decoder = msgspec.msgpack.Decoder(FromEngine)
+        self._answered = asyncio.Event()
+        self._failed = asyncio.Event()
+        self.ready: EngineReady | None = None
+        self.failure: str | None = None
+        self.stats: EngineStats | None = None
+
+    @property
+    def is_healthy(self) -> bool:
+        """False once the engine has failed; `failure` says why. True while it still loads."""
+        return self.failure is None
+
+    @property
+    def num_open_requests(self) -> int:
+        """Requests of this front end that have not ended."""
+        return len(self._streams)
+
+    async def start(self) -> None:
+        """Connect (the engine need not be there yet) and introduce ourselves."""
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.set_hwm(0)
+        self._socket.linger = 0
+        self._socket.connect(self._address)
+        self._send(Hello())
+        self._reader = asyncio.create_task(self._read())
+
+    async def stop(self) -> None:
+        """Disconnect; open streams end with an error."""
+        self.fail("the server is shutting down")
+        self._reader.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._reader
+        self._context.destroy(linger=0)
+
+    async def wait_ready(self) -> EngineReady:
+        """Until the engine can serve; raises EngineUnavailable if it failed instead."""
+        await self._answered.wait()
+        return self.require_ready()
+
+    async def wait_failed(self) -> str:
+        """Until the engine has failed; returns the reason."""
+        await self._failed.wait()
+        assert self.failure is not None
+        return self.failure
+
+    def require_healthy(self) -> None:
+        """Raises EngineUnavailable once the engine has failed; fine while it still loads."""
+        if self.failure is not None:
+            raise EngineUnavailable(f"Cannot serve: {self.failure}")
+
+    def require_ready(self) -> EngineReady:
+        """What the engine said about itself; raises EngineUnavailable when it cannot serve."""
+        self.require_healthy()
+        if self.ready is None:
+            raise EngineUnavailable("The model is still loading; try again in a moment.")
+        return self.ready
+
+    def submit(self, requests: Sequence[Submit]) -> DeltaStream:
+        """Send requests; their Deltas come in the returned stream. Raises EngineUnavailable."""
+        self.require_ready()
+        stream = DeltaStream([request.request_id for request in requests], self._abort_in_engine)
+        for request in requests:
+            assert request.request_id not in self._streams, request.request_id
+            self._streams[request.request_id] = stream
+            self._send(request)
+        return stream
+
+    def fail(self, reason: str) -> None:
+        """The engine is gone: every open stream ends with an error. The first reason is kept."""
+        if self.failure is None:
+            self.failure = reason
+        message = f"Cannot serve: {self.failure}"
+        streams, self._streams = self._streams, {}
+        for request_id, stream in streams.items():
+            stream.put(terminal_delta(request_id, FinishReason.ERROR, message))
+        self._answered.set()
+        self._failed.set()
+
+    def _abort_in_engine(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            if self._streams.pop(request_id, None) is not None:
+                self._send(Abort(request_id))
+
+    def _send(self, message: ToEngine) -> None:
+        # No high-water mark, so this never waits; the returned future is already done.
+        self._socket.send(msgspec.msgpack.encode(message))
+
+    async def _read(self) -> None:
+        while True:
+            payload = await self._socket.recv()
+            try:
+                self._receive(self._decoder.decode(payload))
+            except Exception as error:
+                logger.exception("Cannot read what the engine sent")
+                self.fail(f"it sent a message that cannot be read ({error})")
+
+    def _receive(self, message: FromEngine) -> None:
+        match message:
+            case Output():
+                self.stats = message.stats
+                for delta in message.deltas:
+                    self._route(delta)
+            case EngineReady():
+                self.ready = message
+                self._answered.set()
+            case EngineFailed():
+                self.fail(message.reason)
+
+    def _route(self, delta: Delta) -> None:
+        stream = self._streams.get(delta.request_id)
+        if stream is None:
+            return  # aborted while this was on its way
+        if delta.finish_reason is not None:
+            del self._streams[delta.request_id]
+        stream.put(delta)
+
+
+def terminal_delta(request_id: str, reason: FinishReason, message: str | None = None) -> Delta:
+    """A terminal record that the front end writes itself, the engine being silent or gone."""
+    code = EngineUnavailable.__name__ if reason is FinishReason.ERROR else None
+    return Delta(
+        request_id=request_id,
+        index=0,
+        token_ids=[],
+        logprobs=[],
+        prompt_logprobs=[],
+        finish_reason=reason,
+        error_code=code,
+        error_message=message,
+        num_cached_tokens=0,
+    )

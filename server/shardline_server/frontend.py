@@ -1,0 +1,188 @@
+"""The front end put together: both doors, one service, one connection to the engine.
+
+Start it, wait until it is ready, stop it. Signals and the engine's process are the launcher's.
+"""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from shardline_server.engine_client import EngineClient
+from shardline_server.errors import ConfigError, EngineUnavailable
+from shardline_server.generation import GenerationService
+from shardline_server.grpc_api.server import GrpcServer
+from shardline_server.http_api.app import create_app
+from shardline_server.metrics import Metrics
+from shardline_server.served_model import load_model_files
+
+logger = logging.getLogger("shardline.frontend")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FrontendConfig:
+    """What a front end needs to know.
+
+    Port 0 takes a free one. `model_path` is a folder with the tokenizer and the configs.
+    `default_max_tokens` caps a chat answer when the client names no limit.
+    """
+
+    host: str
+    http_port: int
+    grpc_port: int
+    engine_address: str
+    model_path: Path
+    served_model_names: tuple[str, ...]
+    api_keys: tuple[str, ...] = ()
+    default_max_tokens: int = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where the doors really are."""
+
+    host: str
+    http_port: int
+    grpc_port: int
+
+    @property
+    def http_url(self) -> str:
+        """For an HTTP client on this host."""
+        return f"http://{url_host(self.host)}:{self.http_port}"
+
+    @property
+    def grpc_target(self) -> str:
+        """For a gRPC client on this host."""
+        return f"{url_host(self.host)}:{self.grpc_port}"
+
+
+class Frontend:
+    """One front end in this process's event loop."""
+
+    def __init__(self, config: FrontendConfig) -> None:
+        self.config = config
+        self.engine = EngineClient(config.engine_address)
+        metrics = Metrics(config.served_model_names[0], self.engine)
+        self.service = GenerationService(
+            self.engine, metrics, default_max_tokens=config.default_max_tokens
+        )
+        self._serving = asyncio.Event()
+
+    async def start(self) -> Addresses:
+        """Open both doors; they answer 503 until the engine is ready.
+
+        Raises ConfigError if a port is taken or the model has no usable tokenizer.
+        """
+        config = self.config
+        self._http = HttpServer(self.service, config)
+        self._grpc = GrpcServer(self.service, config.api_keys)
+        http_port = self._http.bind(config.host, config.http_port)
+        try:
+            grpc_port = self._grpc.bind(config.host, config.grpc_port)
+            self._files = await asyncio.to_thread(load_model_files, config.model_path)
+        except BaseException:
+            self._http.close()
+            raise
+        await self.engine.start()
+        await self._http.start()
+        await self._grpc.start()
+        self._follower = asyncio.create_task(self._follow_engine())
+        return Addresses(config.host, http_port, grpc_port)
+
+    async def wait_ready(self) -> None:
+        """Until requests can be served; raises EngineUnavailable if the engine fails instead."""
+        await self.engine.wait_ready()
+        await self._serving.wait()
+
+    async def wait_failed(self) -> str:
+        """Until the engine has failed; returns the reason."""
+        return await self.engine.wait_failed()
+
+    def fail(self, reason: str) -> None:
+        """The engine has died: every open stream ends with an error, and health says why."""
+        self.engine.fail(reason)
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """Accept nothing more, give open requests `grace_s` to finish, end the rest, close."""
+        self._follower.cancel()
+        self.service.refuse("the server is shutting down")
+        await self._grpc.set_serving(False)
+        closing = asyncio.gather(self._http.stop(grace_s), self._grpc.stop(grace_s))
+        await self.service.wait_idle(grace_s)
+        await self.engine.stop()
+        await closing
+
+    async def _follow_engine(self) -> None:
+        with contextlib.suppress(EngineUnavailable):
+            ready = await self.engine.wait_ready()
+            names = self.config.served_model_names
+            self.service.attach(self._files.serve(names, ready, created=int(time.time())))
+            await self._grpc.set_serving(True)
+            self._serving.set()
+            reason = await self.engine.wait_failed()
+            logger.error("No longer serving: %s", reason)
+            await self._grpc.set_serving(False)
+
+
+class HttpServer:
+    """uvicorn on a socket that is bound beforehand, without its signal handlers."""
+
+    def __init__(self, service: GenerationService, config: FrontendConfig) -> None:
+        app = create_app(service, api_keys=config.api_keys)
+        self._server = _Uvicorn(
+            uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none")
+        )
+
+    def bind(self, host: str, port: int) -> int:
+        """Take the port; returns the real one. Raises ConfigError."""
+        try:
+            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+            self._socket = socket.create_server((host, port), family=family)
+        except OSError as error:
+            raise port_error("HTTP", host, port, str(error.strerror)) from error
+        return int(self._socket.getsockname()[1])
+
+    async def start(self) -> None:
+        """Returns when connections are accepted."""
+        self._task = asyncio.create_task(self._server.serve([self._socket]))
+        await self._server.has_started.wait()
+
+    async def stop(self, grace_s: float) -> None:
+        """Close idle connections, wait for the others: a little longer than `grace_s`."""
+        self._server.config.timeout_graceful_shutdown = int(grace_s) + 2
+        self._server.should_exit = True
+        await self._task
+
+    def close(self) -> None:
+        """Give the port back without having started."""
+        self._socket.close()
+
+
+class _Uvicorn(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.has_started = asyncio.Event()
+
+    def capture_signals(self) -> nullcontext[None]:  # type: ignore[override]
+        return nullcontext()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.has_started.set()
+
+
+def port_error(door: str, host: str, port: int, reason: str) -> ConfigError:
+    """What the operator is told when a door cannot open."""
+    return ConfigError(f"{door} cannot listen at {host}:{port} ({reason}); choose another port.")
+
+
+def url_host(host: str) -> str:
+    """An address as it stands in a URL; one that stands for every address becomes this host's."""
+    local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{local}]" if ":" in local else local

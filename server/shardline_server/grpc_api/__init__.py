@@ -1,0 +1,1 @@
+"""The gRPC door: `shardline.v1.Generation`, health and reflection."""

@@ -1,0 +1,1 @@
+"""The HTTP door: OpenAI's API and the operator's endpoints."""

@@ -1,0 +1,37 @@
+"""The HTTP application: routes, keys and errors put together."""
+
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Annotated
+
+from fastapi import Depends, FastAPI
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from shardline_server.api_keys import ApiKeys
+from shardline_server.generation import GenerationService
+from shardline_server.http_api.errors import install_error_handlers
+from shardline_server.http_api.openai_routes import openai_router
+from shardline_server.http_api.operator_routes import operator_router
+
+
+def create_app(service: GenerationService, *, api_keys: Sequence[str] = ()) -> FastAPI:
+    """The application over one service; with keys, clients' endpoints need one of them."""
+    keys = ApiKeys(api_keys)
+    bearer = HTTPBearer(auto_error=False)
+
+    async def require_key(
+        credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
+    ) -> None:
+        keys.check(credentials.credentials if credentials else None)
+
+    app = FastAPI(
+        title="Shardline",
+        version=metadata.version("shardline"),
+        description="One large language model, split over many devices.",
+        strict_content_type=False,
+        openapi_url="/openapi.json",
+    )
+    install_error_handlers(app)
+    app.include_router(operator_router(service))
+    app.include_router(openai_router(service), dependencies=[Depends(require_key)])
+    return app

@@ -1,0 +1,112 @@
+"""OpenAI's endpoints, and the tokenizer's."""
+
+from fastapi import APIRouter, Request, Response
+
+from shardline_server.generation import (
+    DEFAULT_COMPLETION_TOKENS,
+    GenerationService,
+    new_request_id,
+)
+from shardline_server.http_api.delivery import deliver
+from shardline_server.http_api.render import ChatRenderer, CompletionRenderer
+from shardline_server.http_api.requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeChat,
+    TokenizeText,
+)
+from shardline_server.http_api.responses import (
+    ChatCompletion,
+    Completion,
+    ErrorResponse,
+    ModelCard,
+    ModelList,
+    Text,
+    Tokens,
+)
+from shardline_server.prompts import encode_chat, encode_prompts
+from shardline_server.sampling import check_token_ids
+from shardline_server.served_model import ServedModel
+
+
+def openai_router(service: GenerationService) -> APIRouter:
+    """Everything that a client with a key may call."""
+    failure = {"model": ErrorResponse}
+    router = APIRouter(responses={"4XX": failure, "5XX": failure})
+
+    @router.post("/v1/completions", response_model=Completion)
+    async def create_completion(body: CompletionRequest, request: Request) -> Response:
+        """Complete one prompt or several."""
+        model = service.model
+        name = model.require_name(body.model)
+        special = body.add_special_tokens is not False
+        prompts = await encode_prompts(model, body.prompt, add_special_tokens=special)
+        generation = service.generate(
+            new_request_id("cmpl"), prompts, body, default_max_tokens=DEFAULT_COMPLETION_TOKENS
+        )
+        renderer = CompletionRenderer(body, generation, model.tokenizer, name)
+        return await deliver(request, generation, renderer, stream=bool(body.stream))
+
+    @router.post("/v1/chat/completions", response_model=ChatCompletion)
+    async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
+        """Answer a conversation, through the model's chat template."""
+        model = service.model
+        name = model.require_name(body.model)
+        prompt = await encode_chat(model, body)
+        generation = service.generate(
+            new_request_id("chatcmpl"),
+            [prompt],
+            body,
+            default_max_tokens=service.default_max_tokens,
+        )
+        renderer = ChatRenderer(body, generation, model.tokenizer, name)
+        return await deliver(request, generation, renderer, stream=bool(body.stream))
+
+    @router.get("/v1/models")
+    async def list_models() -> ModelList:
+        """The names that the model is served under."""
+        model = service.model
+        return ModelList(data=[_card(model, name) for name in model.names])
+
+    @router.get("/v1/models/{name:path}")
+    async def get_model(name: str) -> ModelCard:
+        """One of them."""
+        model = service.model
+        return _card(model, model.require_name(name))
+
+    @router.post("/tokenize")
+    async def tokenize(body: TokenizeText | TokenizeChat) -> Tokens:
+        """Token ids of a text, or of a conversation."""
+        return await _tokenize(service.model, body)
+
+    @router.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> Text:
+        """The text of token ids."""
+        model = service.model
+        model.require_name(body.model)
+        check_token_ids(body.tokens, model.limits.vocab_size, param="tokens")
+        return Text(prompt=model.tokenizer.decode(body.tokens))
+
+    return router
+
+
+async def _tokenize(model: ServedModel, body: TokenizeText | TokenizeChat) -> Tokens:
+    model.require_name(body.model)
+    if isinstance(body, TokenizeText):
+        special = body.add_special_tokens is not False
+        [prompt] = await encode_prompts(model, [body.prompt], add_special_tokens=special)
+    else:
+        prompt = await encode_chat(model, body)
+    text_of = model.tokenizer.token_text
+    strings = [text_of(token_id) for token_id in prompt.token_ids]
+    return Tokens(
+        count=len(prompt.token_ids),
+        max_model_len=model.limits.max_model_len,
+        tokens=prompt.token_ids,
+        token_strs=strings if body.return_token_strs else None,
+    )
+
+
+def _card(model: ServedModel, name: str) -> ModelCard:
+    return ModelCard(id=name, created=model.created, max_model_len=model.limits.max_model_len)

@@ -1,0 +1,47 @@
+"""What an operator and a load balancer ask; open to all, since it tells nothing of any request."""
+
+from importlib import metadata
+from typing import Any
+
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from shardline_server.generation import GenerationService
+
+
+def operator_router(service: GenerationService) -> APIRouter:
+    """Health, readiness, load, metrics, version."""
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health() -> dict[str, str]:
+        """200 while the process and its engine live (or still load); 503 with the reason after."""
+        service.engine.require_healthy()
+        return {"status": "ok"}
+
+    @router.get("/ready")
+    async def ready() -> dict[str, str]:
+        """200 when requests can be served."""
+        return {"status": "ready", "model": service.model.names[0]}
+
+    @router.get("/load")
+    async def load() -> dict[str, Any]:
+        """Requests of clients in this process, and what the engine runs and keeps waiting."""
+        stats = service.engine.stats
+        return {
+            "server_load": service.num_running,
+            "num_requests_running": stats.num_running if stats else 0,
+            "num_requests_waiting": stats.num_waiting if stats else 0,
+        }
+
+    @router.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """Prometheus' text format."""
+        return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+    @router.get("/version")
+    async def version() -> dict[str, str]:
+        """Shardline's version."""
+        return {"version": metadata.version("shardline")}
+
+    return router

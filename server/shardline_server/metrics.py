@@ -1,0 +1,141 @@
+"""What Prometheus reads: names and buckets parallel to vLLM's, under `shardline:`."""
+
+import time
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from shardline_server.engine_client import EngineClient
+from shardline_server.messages import EngineStats, FinishReason
+
+LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 640)
+TOKEN_TIME_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
+TOKEN_COUNT_BUCKETS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
+
+
+class Metrics:
+    """Counts and times of the requests of one front end, beside the engine's own gauges."""
+
+    def __init__(self, model_name: str, engine: EngineClient) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(EngineCollector(model_name, engine))
+        self._model_name = model_name
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens processed.")
+        self.generation_tokens = self._counter("generation_tokens", "Output tokens generated.")
+        self.request_success = Counter(
+            "shardline:request_success",
+            "Requests that ended, by reason.",
+            ["model_name", "finished_reason"],
+            registry=self.registry,
+        )
+        self.time_to_first_token = self._times("time_to_first_token", LATENCY_BUCKETS)
+        self.inter_token_latency = self._times("inter_token_latency", TOKEN_TIME_BUCKETS)
+        self.time_per_output_token = self._times(
+            "request_time_per_output_token", TOKEN_TIME_BUCKETS
+        )
+        self.request_latency = self._times("e2e_request_latency", LATENCY_BUCKETS)
+        self.request_prompt_tokens = self._sizes("request_prompt_tokens", "Prompt tokens.")
+        self.request_generation_tokens = self._sizes("request_generation_tokens", "Output tokens.")
+
+    def render(self) -> bytes:
+        """Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def count_finish(self, reason: FinishReason) -> None:
+        """One engine request has ended."""
+        self.request_success.labels(self._model_name, reason.value).inc()
+
+    def _counter(self, name: str, text: str) -> Counter:
+        counter = Counter(f"shardline:{name}", text, ["model_name"], registry=self.registry)
+        return counter.labels(self._model_name)
+
+    def _times(self, name: str, buckets: tuple[float, ...]) -> Histogram:
+        return self._histogram(f"{name}_seconds", f"{name} in seconds.", buckets)
+
+    def _sizes(self, name: str, text: str) -> Histogram:
+        return self._histogram(name, f"{text} Per request.", TOKEN_COUNT_BUCKETS)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        histogram = Histogram(
+            f"shardline:{name}", text, ["model_name"], registry=self.registry, buckets=buckets
+        )
+        return histogram.labels(self._model_name)
+
+
+class EngineCollector(Collector):
+    """The engine's newest stats, as gauges and running totals."""
+
+    def __init__(self, model_name: str, engine: EngineClient) -> None:
+        self._model_name = model_name
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        """Called by Prometheus' registry at each scrape."""
+        stats = self._engine.stats
+        if stats is None:
+            return
+        for name, (text, value) in _gauges(stats).items():
+            gauge = GaugeMetricFamily(f"shardline:{name}", text, labels=["model_name"])
+            gauge.add_metric([self._model_name], value)
+            yield gauge
+        for name, (text, value) in _totals(stats).items():
+            total = CounterMetricFamily(f"shardline:{name}", text, labels=["model_name"])
+            total.add_metric([self._model_name], value)
+            yield total
+
+
+def _gauges(stats: EngineStats) -> dict[str, tuple[str, float]]:
+    usage = stats.num_used_kv_blocks / max(1, stats.num_kv_blocks)
+    return {
+        "num_requests_running": ("Requests that are being computed.", stats.num_running),
+        "num_requests_waiting": ("Requests that wait for their first step.", stats.num_waiting),
+        "kv_cache_usage_perc": ("KV blocks in use; 1 is all of them.", usage),
+        "num_micro_batches_in_flight": ("Micro-batches inside the pipe.", stats.num_in_flight),
+    }
+
+
+def _totals(stats: EngineStats) -> dict[str, tuple[str, float]]:
+    return {
+        "prefix_cache_queries": ("Prompt tokens looked up.", stats.num_prefix_queries),
+        "prefix_cache_hits": ("Prompt tokens found in the cache.", stats.num_prefix_hits),
+        "num_preemptions": ("Requests put back for lack of blocks.", stats.num_preemptions),
+        "num_steps": ("Steps executed.", stats.num_steps),
+    }
+
+
+class ChoiceTimer:
+    """Watches one engine request from submission to its end."""
+
+    def __init__(self, metrics: Metrics, num_prompt_tokens: int) -> None:
+        self._metrics = metrics
+        self._num_tokens = 0
+        self._start = time.monotonic()
+        self._first = self._last = self._start
+        metrics.prompt_tokens.inc(num_prompt_tokens)
+        metrics.request_prompt_tokens.observe(num_prompt_tokens)
+
+    def observe_tokens(self, num_tokens: int) -> None:
+        """Tokens have come, together."""
+        if num_tokens == 0:
+            return
+        now = time.monotonic()
+        if self._num_tokens == 0:
+            self._first = now
+            self._metrics.time_to_first_token.observe(now - self._start)
+        else:
+            self._metrics.inter_token_latency.observe(now - self._last)
+        self._last = now
+        self._num_tokens += num_tokens
+        self._metrics.generation_tokens.inc(num_tokens)
+
+    def observe_finish(self, reason: FinishReason) -> None:
+        """It has ended, for whatever reason."""
+        metrics = self._metrics
+        metrics.count_finish(reason)
+        metrics.request_latency.observe(time.monotonic() - self._start)
+        metrics.request_generation_tokens.observe(self._num_tokens)
+        if self._num_tokens > 1:
+            mean = (self._last - self._first) / (self._num_tokens - 1)
+            metrics.time_per_output_token.observe(mean)

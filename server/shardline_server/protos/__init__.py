@@ -1,0 +1,1 @@
+"""The gRPC interface: .proto files and the stubs generated from them."""
