@@ -243,19 +243,23 @@ def main() -> None:
         format=f"%(asctime)s %(levelname)s [{place}] %(message)s",
         stream=sys.stderr,
     )
-    worker = Worker(config)
+    os._exit(_run(Worker(config)))  # not sys.exit: taking torch down in order costs seconds
+
+
+def _run(worker: Worker) -> int:
+    """Run to the end; returns the exit status: 0 when told to leave, 2 for what the operator can mend."""
     try:
         worker.run()
+        return 0
     except ShardError as error:
         worker.channel.send(Failed(worker.rank, str(error), True))
-        worker.channel.close()
-        os._exit(2)
+        return 2
     except Exception as error:
         logger.exception("this worker ends")
         worker.channel.send(Failed(worker.rank, f"{type(error).__name__}: {error}", False))
+        return 1
+    finally:
         worker.channel.close()
-        os._exit(1)
-    worker.channel.close()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """KV memory: its shape, its price and its allocation."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from shardline_shards.attention.interface import KVLayer
@@ -26,15 +28,24 @@ class KVShape:
 def allocate_kv(
     layer_indexes: Iterable[int], num_blocks: int, shape: KVShape, device: torch.device
 ) -> dict[int, KVLayer]:
-    """KV memory of `num_blocks` blocks for each layer index, set to zero.
+    """KV memory of `num_blocks` blocks for each layer index, all zero.
 
-    Zeroed because kernels may multiply what lies behind a sequence's end by 0, and because pages
-    that do not exist are then found missing now and not under load.
-    Raises torch's out-of-memory error where the device has less.
+    Zero because kernels may multiply what lies behind a sequence's end by 0.
+    Raises torch's out-of-memory error, or MemoryError, where the device has less.
     """
     size = (num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim)
+    return {
+        index: KVLayer(_zeros(size, shape.dtype, device), _zeros(size, shape.dtype, device))
+        for index in layer_indexes
+    }
 
-    def pool() -> torch.Tensor:
-        return torch.zeros(size, dtype=shape.dtype, device=device)
 
-    return {index: KVLayer(pool(), pool()) for index in layer_indexes}
+def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on a CPU from pages that the system hands out zeroed when they are first touched.
+
+    `torch.zeros` writes all of them at once, which takes seconds for gigabytes.
+    """
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    pages = np.zeros(math.prod(size) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(pages).view(dtype).view(size)

@@ -1,0 +1,103 @@
+"""From settings to a running engine process."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import msgspec
+from shardline_shards.layout import ParallelLayout, check_stages, even_stages
+
+from shardline_server.child import start_child_process, stop_child_processes
+from shardline_server.engine_config import EngineAddress, EngineConfig
+from shardline_server.errors import ConfigError
+from shardline_server.model_facts import ModelFacts, read_model_facts
+from shardline_server.settings import ServeSettings
+
+
+def plan_layout(settings: ServeSettings, facts: ModelFacts) -> ParallelLayout:
+    """How the model is spread. Raises ConfigError if it cannot be, with the numbers."""
+    if settings.tp > facts.num_query_heads:
+        raise ConfigError(
+            f"--tp {settings.tp} is more than the model's {facts.num_query_heads} query heads"
+        )
+    if settings.pp > facts.num_layers:
+        raise ConfigError(f"--pp {settings.pp} is more than the model's {facts.num_layers} layers")
+    stage_layers = settings.stage_layers or even_stages(facts.num_layers, settings.pp)
+    try:
+        check_stages(stage_layers, facts.num_layers)
+    except ValueError as error:
+        raise ConfigError(f"--stage-layers: {error}") from error
+    return ParallelLayout(tp=settings.tp, stage_layers=stage_layers)
+
+
+def plan_engine(settings: ServeSettings, model_path: Path) -> EngineConfig:
+    """The engine's configuration. Raises ConfigError."""
+    facts = read_model_facts(model_path)
+    if settings.max_model_len is not None and settings.max_model_len > facts.max_model_len:
+        raise ConfigError(
+            f"--max-model-len {settings.max_model_len} is more than the {facts.max_model_len} "
+            "tokens that the model was made for"
+        )
+    layout = plan_layout(settings, facts)
+    auto_dtype = facts.dtype or "bfloat16"
+    return EngineConfig(
+        parent_pid=os.getpid(),
+        host=settings.internal_host,
+        model_path=str(model_path),
+        load_format=settings.load_format,
+        layout=layout,
+        dtype=auto_dtype if settings.dtype == "auto" else settings.dtype,
+        device=_choose_device(settings.device, layout.world_size),
+        seed=settings.seed,
+        vocab_size=facts.vocab_size,
+        max_model_len=settings.max_model_len or facts.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_num_waiting=settings.max_num_waiting,
+        block_size=settings.block_size,
+        kv_memory_bytes=int(settings.kv_memory) if settings.kv_memory else None,
+        num_kv_blocks=settings.num_kv_blocks,
+        enable_prefix_caching=settings.enable_prefix_caching,
+        threads_per_worker=settings.threads_per_worker,
+        log_level=settings.log_level,
+    )
+
+
+def _choose_device(wanted: str, num_workers: int) -> str:
+    """`auto` takes CUDA where the driver shows a GPU for every worker; asking torch takes seconds."""
+    num_gpus = len([path for path in Path("/dev").glob("nvidia*") if path.name[6:].isdigit()])
+    if wanted == "auto":
+        return "cuda" if num_gpus >= num_workers else "cpu"
+    if wanted == "cuda" and num_gpus < num_workers:
+        raise ConfigError(
+            f"--device cuda: {num_workers} workers need a GPU each, this host has {num_gpus}"
+        )
+    return wanted
+
+
+class EngineProcess:
+    """The engine as a child of this process."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._process = start_child_process("shardline_server.engine", config)
+
+    def read_address(self) -> str:
+        """Wait for the engine's address; raises ConfigError if it ends instead."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise ConfigError("the engine process ended before it said where it is; see its log")
+        return msgspec.json.decode(line, type=EngineAddress).address
+
+    def wait(self) -> int:
+        """Wait for the engine's end; returns its exit status."""
+        return self._process.wait()
+
+    def stop(self) -> None:
+        """Ask the engine to leave, and see that it does."""
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=3.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        stop_child_processes([self._process])

@@ -1,0 +1,107 @@
+"""`shardline serve`: starts the engine, opens both doors, and ends everything in order."""
+
+import asyncio
+import logging
+import signal
+import sys
+from pathlib import Path
+
+from shardline_shards.sources import resolve_model
+
+from shardline_server.child import describe_exit
+from shardline_server.engine_launch import EngineProcess, plan_engine
+from shardline_server.errors import ConfigError, EngineUnavailable
+from shardline_server.frontend import Addresses, Frontend, FrontendConfig
+from shardline_server.settings import ServeSettings
+
+logger = logging.getLogger("shardline")
+
+_GRACE_S = 1.0
+
+
+def serve(settings: ServeSettings) -> int:
+    """Serve until a signal says stop; returns the exit status.
+
+    Raises ConfigError and ShardError for what the operator can mend.
+    """
+    needs_weights = settings.load_format != "dummy"
+    model_path = resolve_model(
+        settings.model, cache_dir=settings.cache, needs_weights=needs_weights
+    )
+    engine = EngineProcess(plan_engine(settings, model_path))
+    try:
+        return asyncio.run(_serve(settings, model_path, engine))
+    finally:
+        engine.stop()
+
+
+async def _serve(settings: ServeSettings, model_path: Path, engine: EngineProcess) -> int:
+    stopping = _stop_on_signals()
+    frontend = Frontend(
+        FrontendConfig(
+            host=settings.host,
+            http_port=settings.port,
+            grpc_port=settings.grpc_port,
+            engine_address=await asyncio.to_thread(engine.read_address),
+            model_path=model_path,
+            served_model_names=(settings.model_name,),
+            api_keys=settings.api_key,
+            default_max_tokens=settings.default_max_tokens,
+        )
+    )
+    addresses = await frontend.start()
+    watch = asyncio.create_task(_watch(engine, frontend))
+    announce = asyncio.create_task(_announce(frontend, addresses, settings))
+    stop = asyncio.create_task(stopping.wait())
+    try:
+        await asyncio.wait({announce, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if not stopping.is_set():
+            await announce
+            await stop
+    finally:
+        watch.cancel()
+        announce.cancel()
+        await frontend.stop(_GRACE_S)
+    return 0
+
+
+async def _watch(engine: EngineProcess, frontend: Frontend) -> None:
+    """An engine that ends while we serve fails every open stream and /health."""
+    status = await asyncio.to_thread(engine.wait)
+    frontend.fail(f"the engine process {describe_exit(status)}")
+
+
+async def _announce(frontend: Frontend, addresses: Addresses, settings: ServeSettings) -> None:
+    """Print how to reach us. Raises ConfigError if the engine ends before it is ready."""
+    try:
+        await frontend.wait_ready()
+    except EngineUnavailable as error:
+        raise ConfigError(str(error)) from error
+    print(_banner(addresses, settings), flush=True)
+
+
+def _banner(addresses: Addresses, settings: ServeSettings) -> str:
+    name, url, target = settings.model_name, addresses.http_url, addresses.grpc_target
+    has_key = bool(settings.api_key)
+    key_header = " -H 'Authorization: Bearer YOUR_KEY'" if has_key else ""
+    metadata = ", metadata=[('authorization', 'Bearer YOUR_KEY')]" if has_key else ""
+    return f"""
+Shardline serves {name}: {settings.pp} stages x {settings.tp} shards
+  HTTP  {url}   (documentation at {url}/docs)
+  gRPC  {target}
+
+  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key_header} \\
+    -d '{{"model": "{name}", "messages": [{{"role": "user", "content": "What is a pipeline?"}}]}}'
+
+  {sys.executable} -c "import grpc; from shardline_server.protos.shardline.v1 import generation_pb2 \
+as pb, generation_pb2_grpc as rpc; stub = rpc.GenerationStub(grpc.insecure_channel('{target}')); \
+print(stub.Generate(pb.GenerateRequest(text='The capital of France is'){metadata}))"
+"""
+
+
+def _stop_on_signals() -> asyncio.Event:
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopping.set)
+    return stopping
