@@ -62,6 +62,7 @@ async def _serve(settings: ServeSettings, model_path: Path, engine: EngineProces
         watch.cancel()
         announce.cancel()
         await frontend.stop(_GRACE_S)
+        await asyncio.to_thread(engine.stop)
     return 0
 
 
