@@ -1,12 +1,14 @@
 """What the scheduler tells the engine: news of requests, and gauges."""
 
+from typing import Self
+
 from msgspec import Struct
 
 from .plan import TokenLogprobs
-from .request import FinishReason
+from .request import FinishReason, Request
 
 
-class RequestOutput(Struct, frozen=True, kw_only=True):
+class RequestOutput(Struct, frozen=True, kw_only=True, gc=False):
     """News of one request: `token_ids` are its output tokens `index`, `index + 1`, …
 
     `logprobs` has one entry a token, or is empty. `prompt_logprobs` comes in pieces, in order,
@@ -22,6 +24,26 @@ class RequestOutput(Struct, frozen=True, kw_only=True):
     prompt_logprobs: list[TokenLogprobs]
     finish_reason: FinishReason | None
     num_cached_tokens: int
+
+    @classmethod
+    def of(
+        cls,
+        request: Request,
+        token_ids: list[int],
+        logprobs: list[TokenLogprobs],
+        prompt_logprobs: list[TokenLogprobs],
+        finish_reason: FinishReason | None,
+    ) -> Self:
+        """The news of `request`, which holds `token_ids` as its last tokens already."""
+        return cls(
+            request_id=request.request_id,
+            index=request.num_output_tokens - len(token_ids),
+            token_ids=token_ids,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=finish_reason,
+            num_cached_tokens=request.num_cached_tokens,
+        )
 
 
 class SchedulerStats(Struct, frozen=True, kw_only=True):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
-from .plan import SamplingParams
+from .plan import PromptLogprobs, SamplingParams, TokenLogprobs
 
 
 class FinishReason(StrEnum):
@@ -80,18 +80,26 @@ class Request:
 
     def append(self, token_id: int) -> FinishReason | None:
         """Take in the drawn token; says why the request is finished, if it is."""
+        self.is_token_in_flight = False
         index = self.num_output_tokens
         self.token_ids.append(token_id)
         if token_id in self.sampling.stop_token_ids and index >= self.sampling.min_tokens:
             return FinishReason.STOP
         return FinishReason.LENGTH if index + 1 >= self.sampling.max_tokens else None
 
+    def accept_prompt_logprobs(self, piece: PromptLogprobs) -> list[TokenLogprobs]:
+        """What of it is new: a replay computes some a second time."""
+        num_known = self.num_delivered_prompt_logprobs + 1 - piece.start
+        assert num_known >= 0, f"prompt logprobs of {self.request_id} begin at {piece.start}"
+        accepted = piece.logprobs[num_known:]
+        self.num_delivered_prompt_logprobs += len(accepted)
+        return accepted
+
     def start(self, request_index: int, num_cached_tokens: int) -> None:
         """Begin, or begin again, with the KV of the first `num_cached_tokens` tokens at hand."""
         self.state = RequestState.RUNNING
         self.request_index = request_index
         self.num_computed_tokens = num_cached_tokens
-        self.num_sent_tokens = len(self.token_ids)
         if self.num_preemptions == 0:
             self.num_cached_tokens = num_cached_tokens
 
@@ -99,8 +107,5 @@ class Request:
         """Back to WAITING, keeping tokens; whatever is in flight for it will not count."""
         self.state = RequestState.WAITING
         self.num_preemptions += 1
-        self.request_index = -1
         self.num_computed_tokens = 0
-        self.num_sent_tokens = 0
-        self.num_sent_blocks = 0
         self.is_token_in_flight = False

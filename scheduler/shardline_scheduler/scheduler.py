@@ -15,32 +15,21 @@ tokens, was never told the dropped one, and draws it again, with the same seed a
 """
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 
 from .config import SchedulerConfig
-from .cost import StepCost, StepLoad, TokenBudget
+from .cost import StepCost, TokenBudget
 from .errors import DuplicateRequest, QueueFull, RequestTooLong
 from .memory import KvMemory
 from .outputs import RequestOutput, SchedulerStats
-from .plan import NewRequest, SampledToken, ScheduledRequest, StepPlan, StepResult, TokenLogprobs
-from .policy import POLICIES, Key, Policy
+from .plan import SampledToken, StepPlan, StepResult, TokenLogprobs
+from .policy import POLICIES, Policy
 from .queue import WaitingQueue
-from .request import FinishReason, Request, RequestState
-
-
-@dataclass(slots=True)
-class _Step:
-    """A plan in the making."""
-
-    step_id: int
-    now: float
-    load: StepLoad = field(default_factory=StepLoad)
-    new_requests: list[NewRequest] = field(default_factory=list)
-    scheduled: list[ScheduledRequest] = field(default_factory=list)
-    filled: list[Request] = field(default_factory=list)
-    victims: list[Request] | None = None
-    is_short_of_memory: bool = False
+from .request import Request, RequestState
+from .running import RunningRequests
+from .step import Step
+from .victims import Victims
 
 
 @dataclass(slots=True, frozen=True)
@@ -67,12 +56,7 @@ class Scheduler:
         self._memory = KvMemory(config.num_blocks, config.block_size, config.enable_prefix_cache)
         self._requests: dict[str, Request] = {}
         self._waiting = WaitingQueue(self._policy)
-        # Running requests by request_index. Of these, in order of admission, those that have more
-        # to compute than a decode; and, oldest token first, the indexes of decodes whose token is
-        # back (with some that are not current any more, to be skipped). The others are in flight.
-        self._running: dict[int, Request] = {}
-        self._prefills: dict[int, Request] = {}
-        self._decodes: deque[int] = deque()
+        self._running = RunningRequests()
         self._released: list[int] = []
         self._in_flight: deque[_InFlight] = deque()
         self._sequences = count()
@@ -129,11 +113,19 @@ class Scheduler:
         self._set_time(now)
         if len(self._in_flight) >= self.config.in_flight_limit:
             return None
-        step = _Step(self._num_steps, now)
-        self._plan_decodes(step)
+        step = Step(self._num_steps, self._cost, self._memory)
+        has_memory = self._plan_decodes(step, now)
         self._plan_prefills(step)
-        self._plan_waiting(step)
-        return self._submit(step) if step.scheduled else None
+        if has_memory:
+            self._plan_waiting(step)
+        if not len(step):
+            return None
+        self._num_steps += 1
+        self._in_flight.append(_InFlight(step.step_id, step.num_samples))
+        # Released indexes wait for a plan with work in it: they cost an idle worker little, and
+        # they are at most as many as were running.
+        released, self._released = self._released, []
+        return step.complete(released)
 
     def commit(self, result: StepResult, now: float) -> list[RequestOutput]:
         """Take in the result of the oldest plan in flight; returns the news."""
@@ -141,14 +133,18 @@ class Scheduler:
         expected = self._in_flight.popleft()
         assert result.step_id == expected.step_id, f"{result.step_id} instead of {expected}"
         assert len(result.tokens) == expected.num_samples, f"{len(result.tokens)} for {expected}"
-        prompt_logprobs = self._accept_prompt_logprobs(result)
-        outputs = [
-            self._accept_token(self._running[token.request_index], token, prompt_logprobs)
-            for token in result.tokens
-            if token.request_index in self._running
-        ]
-        for index, logprobs in prompt_logprobs.items():
-            outputs.append(_output(self._running[index], [], [], logprobs, None))
+        prompt_logprobs: dict[Request, list[TokenLogprobs]] = {}
+        for piece in result.prompt_logprobs:
+            request = self._running.get(piece.request_index)
+            if request is not None and (accepted := request.accept_prompt_logprobs(piece)):
+                prompt_logprobs[request] = accepted
+        outputs = []
+        for token in result.tokens:
+            request = self._running.get(token.request_index)
+            if request is not None:
+                outputs.append(self._accept(request, token, prompt_logprobs.pop(request, [])))
+        for request, accepted in prompt_logprobs.items():
+            outputs.append(RequestOutput.of(request, [], [], accepted, None))
         return outputs
 
     def stats(self) -> SchedulerStats:
@@ -170,146 +166,90 @@ class Scheduler:
     def check(self) -> None:
         """Assert that no block leaks and no request is orphaned; linear in blocks and requests."""
         self._memory.check(self._requests.values())
+        self._running.check()
         waiting = list(self._waiting)
         assert len(waiting) == len(self._waiting), "the waiting queue miscounts"
-        decoding = [i for i in self._decodes if i in self._running]
-        in_flight = [i for i, request in self._running.items() if request.is_token_in_flight]
-        assert sorted([*self._prefills, *decoding, *in_flight]) == sorted(self._running), (
-            f"prefills {[*self._prefills]}, decodes {decoding} and in flight {in_flight} "
-            f"are not the running {[*self._running]}"
-        )
-        assert self._in_flight or not in_flight, f"nobody will bring the tokens of {in_flight}"
-        alive = {request.request_id for request in (*waiting, *self._running.values())}
-        assert alive == self._requests.keys(), f"orphans: {alive ^ self._requests.keys()}"
         assert not any(request.block_table for request in waiting), "a waiting request has blocks"
+        alive = {request.request_id for request in (*waiting, *self._running)}
+        assert alive == self._requests.keys(), f"orphans: {alive ^ self._requests.keys()}"
+        assert self._in_flight or not any(request.is_token_in_flight for request in self._running)
 
     def _set_time(self, now: float) -> None:
         assert now >= self._now, f"time runs back from {self._now} to {now}"
         self._now = now
 
-    def _plan_decodes(self, step: _Step) -> None:
-        """Of the R decodes, ⌈R / plans in flight⌉ at most, so that micro-batches stay even.
+    def _plan_decodes(self, step: Step, now: float) -> bool:
+        """Give decodes their token, oldest first; False if memory ran short.
 
-        Those that came together may leave apart; with all in one micro-batch, the other stages
-        would idle for ever.
+        Of R decodes at most ⌈R / in_flight_limit⌉, so that micro-batches stay even: requests that
+        came together would else share one micro-batch for ever, and leave the stages before and
+        after it idle.
         """
-        num_decodes = len(self._running) - len(self._prefills)
-        cap = -(-num_decodes // self.config.in_flight_limit)
-        blocked: list[int] = []
-        while self._decodes and len(step.scheduled) < cap:
-            request = self._running.get(self._decodes[0])
-            if request is None:
-                self._decodes.popleft()
-            elif self._memory.lacks_block(request) and not self._make_room(step, request):
-                blocked.append(self._decodes.popleft())
-            elif self._schedule(step, request):
-                self._decodes.popleft()
-            else:
+        cap = -(-self._running.num_decodes // self.config.in_flight_limit)
+        victims = Victims(self._running, self._policy, step.step_id, now)
+        num_preemptions = self._num_preemptions
+        passed_over: list[Request] = []
+        while len(step) < cap and (request := self._running.pop_decode()):
+            if self._memory.lacks_block(request) and not self._make_room(request, victims):
+                passed_over.append(request)
+            elif not step.schedule(request):
+                passed_over.append(request)
                 break
-        self._decodes.extendleft(reversed(blocked))
+        self._running.put_back(passed_over)
+        return not passed_over and num_preemptions == self._num_preemptions
 
-    def _plan_prefills(self, step: _Step) -> None:
-        for request in list(self._prefills.values()):
-            if not self._schedule(step, request):
-                break
-
-    def _plan_waiting(self, step: _Step) -> None:
-        while (
-            not step.is_short_of_memory
-            and self._waiting
-            and len(self._running) < self.config.max_num_seqs
-            and self._admit(step, self._waiting.peek())
-        ):
-            pass
-
-    def _admit(self, step: _Step, request: Request) -> bool:
-        """Let the first of the queue run, if its tokens fit memory and one of them the step."""
-        if self._cost.affordable_tokens(step.load, 0) < 1:
-            return False
-        prefix = self._memory.find_prefix(request)
-        context = len(prefix) * self.config.block_size
-        if self._cost.affordable_tokens(step.load, context) < 1:
-            return False
-        if not self._memory.can_admit(request, prefix, len(self._running)):
-            return False
-        self._waiting.pop()
-        request.start(next(self._indexes), self._memory.admit(request, prefix))
-        self._running[request.request_index] = request
-        self._prefills[request.request_index] = request
-        step.new_requests.append(_introduce(request))
-        return self._schedule(step, request)
-
-    def _schedule(self, step: _Step, request: Request) -> bool:
-        """Put as much of the request as the step can afford into it; False if that is nothing."""
-        context = request.num_computed_tokens
-        num_known = len(request.token_ids)
-        num_tokens = min(num_known - context, self._cost.affordable_tokens(step.load, context))
-        if num_tokens < 1:
-            return False
-        step.load.add(num_tokens, context)
-        samples = context + num_tokens == num_known
-        step.scheduled.append(
-            ScheduledRequest(
-                request.request_index,
-                context,
-                num_tokens,
-                request.token_ids[request.num_sent_tokens :],
-                request.block_table[request.num_sent_blocks :],
-                samples,
-            )
-        )
-        request.num_sent_tokens = num_known
-        request.num_sent_blocks = len(request.block_table)
-        request.num_computed_tokens = context + num_tokens
-        request.last_step_id = step.step_id
-        if samples:
-            request.is_token_in_flight = True
-            self._prefills.pop(request.request_index, None)
-        if self._memory.has_full_block(request):
-            step.filled.append(request)
-        return True
-
-    def _submit(self, step: _Step) -> StepPlan:
-        for request in step.filled:
-            self._memory.register(request)
-        num_samples = sum(scheduled.samples for scheduled in step.scheduled)
-        self._in_flight.append(_InFlight(step.step_id, num_samples))
-        self._num_steps += 1
-        # Released indexes wait for a plan with work in it: they cost an idle worker little, and
-        # they are at most as many as were running.
-        released, self._released = self._released, []
-        return StepPlan(step.step_id, released, step.new_requests, step.scheduled)
-
-    def _make_room(self, step: _Step, request: Request) -> bool:
-        """One more block for a running request, if need be at the cost of those behind it.
-
-        Only who comes later in the policy's order is preempted, and nobody who is in this step
-        already. So the first in order always gets on, and without ever being thrown back; when
-        it has finished, the next one is first. Whoever can preempt nobody keeps its blocks and
-        waits.
-        """
+    def _make_room(self, request: Request, victims: Victims) -> bool:
+        """One more block; who gets none keeps what he has and waits for another step."""
         while not self._memory.pool.num_available:
-            step.is_short_of_memory = True
-            victim = self._next_victim(step)
-            if victim is None or self._order(victim, step) <= self._order(request, step):
+            victim = victims.next_behind(request)
+            if victim is None:
                 return False
             self._preempt(victim)
         self._memory.grow(request)
         return True
 
-    def _next_victim(self, step: _Step) -> Request | None:
-        """The last in order of the running requests that are not in this step."""
-        if step.victims is None:  # Sorted once, and only by a step that needs it.
-            step.victims = sorted(self._running.values(), key=lambda r: self._order(r, step))
-        while step.victims:
-            victim = step.victims[-1]
-            if victim.request_index in self._running and victim.last_step_id != step.step_id:
-                return victim
-            step.victims.pop()
-        return None
+    def _plan_prefills(self, step: Step) -> None:
+        for request in self._running.prefills():
+            if not self._schedule_prefill(step, request):
+                break
 
-    def _order(self, request: Request, step: _Step) -> tuple[Key, int]:
-        return self._policy.preemption_key(request, step.now), request.sequence
+    def _plan_waiting(self, step: Step) -> None:
+        while self._waiting and len(self._running) < self.config.max_num_seqs:
+            if not self._admit(step, self._waiting.peek()):
+                break
+
+    def _admit(self, step: Step, request: Request) -> bool:
+        """Let the first of the queue run, if its tokens fit memory and one of them the step."""
+        if not step.can_take(0):
+            return False
+        prefix = self._memory.find_prefix(request)
+        if not step.can_take(len(prefix) * self.config.block_size):
+            return False
+        # A block for each of the others, or the newcomer would be the next to be thrown out.
+        if not self._memory.can_admit(request, prefix, num_spare_blocks=len(self._running)):
+            return False
+        self._waiting.pop()
+        request.start(next(self._indexes), self._memory.admit(request, prefix))
+        self._running.add(request)
+        step.introduce(request)
+        return self._schedule_prefill(step, request)
+
+    def _schedule_prefill(self, step: Step, request: Request) -> bool:
+        is_scheduled = step.schedule(request)
+        if request.is_token_in_flight:
+            self._running.end_prefill(request)
+        return is_scheduled
+
+    def _accept(
+        self, request: Request, token: SampledToken, prompt_logprobs: list[TokenLogprobs]
+    ) -> RequestOutput:
+        finish_reason = request.append(token.token_id)
+        if finish_reason is None:
+            self._running.push_decode(request)
+        else:
+            self._remove(request)
+        logprobs = [] if token.logprobs is None else [token.logprobs]
+        return RequestOutput.of(request, [token.token_id], logprobs, prompt_logprobs, finish_reason)
 
     def _preempt(self, request: Request) -> None:
         self._release(request)
@@ -328,64 +268,6 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         """Take a running request off the workers and out of memory."""
-        del self._running[request.request_index]
-        self._prefills.pop(request.request_index, None)
+        self._running.remove(request)
         self._released.append(request.request_index)
         self._memory.free(request)
-
-    def _accept_token(
-        self,
-        request: Request,
-        token: SampledToken,
-        prompt_logprobs: dict[int, list[TokenLogprobs]],
-    ) -> RequestOutput:
-        request.is_token_in_flight = False
-        finish_reason = request.append(token.token_id)
-        if finish_reason is None:
-            self._decodes.append(token.request_index)
-        else:
-            self._remove(request)
-        logprobs = [] if token.logprobs is None else [token.logprobs]
-        of_prompt = prompt_logprobs.pop(token.request_index, [])
-        return _output(request, [token.token_id], logprobs, of_prompt, finish_reason)
-
-    def _accept_prompt_logprobs(self, result: StepResult) -> dict[int, list[TokenLogprobs]]:
-        """What is new of them, by request_index; a replay computes some a second time."""
-        accepted: dict[int, list[TokenLogprobs]] = {}
-        for piece in result.prompt_logprobs:
-            request = self._running.get(piece.request_index)
-            if request is None:
-                continue
-            num_known = request.num_delivered_prompt_logprobs + 1 - piece.start
-            assert num_known >= 0, f"prompt logprobs of {request.request_id} have a gap"
-            if num_known < len(piece.logprobs):
-                accepted[piece.request_index] = piece.logprobs[num_known:]
-                request.num_delivered_prompt_logprobs += len(piece.logprobs) - num_known
-        return accepted
-
-
-def _introduce(request: Request) -> NewRequest:
-    return NewRequest(
-        request.request_index,
-        list(request.token_ids),
-        request.num_prompt_tokens,
-        request.sampling,
-    )
-
-
-def _output(
-    request: Request,
-    token_ids: list[int],
-    logprobs: list[TokenLogprobs],
-    prompt_logprobs: list[TokenLogprobs],
-    finish_reason: FinishReason | None,
-) -> RequestOutput:
-    return RequestOutput(
-        request_id=request.request_id,
-        index=request.num_output_tokens - len(token_ids),
-        token_ids=token_ids,
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
-        finish_reason=finish_reason,
-        num_cached_tokens=request.num_cached_tokens,
-    )

@@ -1,0 +1,73 @@
+"""A step in the making: what it holds so far, and what more it can afford."""
+
+from .cost import StepCost, StepLoad
+from .memory import KvMemory
+from .plan import NewRequest, ScheduledRequest, StepPlan
+from .request import Request
+
+
+class Step:
+    """Collects parts until it is completed into a StepPlan."""
+
+    def __init__(self, step_id: int, cost: StepCost, memory: KvMemory) -> None:
+        self.step_id = step_id
+        self.num_samples = 0
+        self._cost = cost
+        self._memory = memory
+        self._load = StepLoad()
+        self._new_requests: list[NewRequest] = []
+        self._scheduled: list[ScheduledRequest] = []
+        self._filled: list[Request] = []
+
+    def __len__(self) -> int:
+        """How many requests have a part in it."""
+        return len(self._scheduled)
+
+    def can_take(self, context: int) -> bool:
+        """Whether it affords a token of a request that has `context` tokens computed."""
+        return self._cost.affordable_tokens(self._load, context) > 0
+
+    def introduce(self, request: Request) -> None:
+        """Make the request known to the workers, under its new index."""
+        token_ids, num_prompt_tokens = list(request.token_ids), request.num_prompt_tokens
+        request.num_sent_tokens = len(token_ids)
+        request.num_sent_blocks = 0
+        self._new_requests.append(
+            NewRequest(request.request_index, token_ids, num_prompt_tokens, request.sampling)
+        )
+
+    def schedule(self, request: Request) -> bool:
+        """Take as much of the request as the step can afford; False if that is nothing."""
+        context = request.num_computed_tokens
+        num_known = len(request.token_ids)
+        num_tokens = min(num_known - context, self._cost.affordable_tokens(self._load, context))
+        if num_tokens < 1:
+            return False
+        end = context + num_tokens
+        self._load.add(num_tokens, context)
+        self._scheduled.append(
+            ScheduledRequest(
+                request.request_index,
+                context,
+                num_tokens,
+                request.token_ids[request.num_sent_tokens :],
+                request.block_table[request.num_sent_blocks :],
+                end == num_known,
+            )
+        )
+        request.num_sent_tokens = num_known
+        request.num_sent_blocks = len(request.block_table)
+        request.num_computed_tokens = end
+        request.last_step_id = self.step_id
+        if end == num_known:
+            request.is_token_in_flight = True
+            self.num_samples += 1
+        if self._memory.has_full_block(request):
+            self._filled.append(request)
+        return True
+
+    def complete(self, released: list[int]) -> StepPlan:
+        """The plan. From here on, later plans may share the blocks that it fills."""
+        for request in self._filled:
+            self._memory.register(request)
+        return StepPlan(self.step_id, released, self._new_requests, self._scheduled)
