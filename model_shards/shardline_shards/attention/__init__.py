@@ -2,6 +2,8 @@
 
 import torch
 
+from shardline_shards.attention.cpu import CpuBackend
+from shardline_shards.attention.cuda import CudaBackend
 from shardline_shards.attention.interface import AttentionBackend, KVLayer, PagedBatch
 from shardline_shards.attention.memory import KVShape, allocate_kv
 from shardline_shards.attention.reference import ReferenceBackend
@@ -16,8 +18,10 @@ __all__ = [
     "select_backend",
 ]
 
-# Best first; whatever serves a device first is taken.
+# Best first: the first that serves a device is taken.
 BACKENDS: dict[str, AttentionBackend] = {
+    "cuda": CudaBackend(),
+    "cpu": CpuBackend(),
     "reference": ReferenceBackend(),
 }
 

@@ -1,0 +1,207 @@
+// The small dense pieces that attention is made of, in fp32, on torch's portable vectors.
+// Rows are contiguous; "padded" sizes are multiples of kLanes.
+
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+namespace {
+
+using Vec = at::vec::Vectorized<float>;
+
+constexpr int64_t kLanes = Vec::size();
+constexpr int64_t kCacheLineBytes = 64;
+constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t pad(int64_t size) { return divide_up(size, kLanes) * kLanes; }
+
+template <typename T>
+C10_ALWAYS_INLINE Vec load_wide(const T* from) {
+  if constexpr (std::is_same_v<T, float>) {
+    return Vec::loadu(from);
+  } else {
+    Vec wide;
+    at::vec::load_to_float<T>(from, wide);
+    return wide;
+  }
+}
+
+template <typename T>
+C10_ALWAYS_INLINE void prefetch_row(const T* row, int64_t size) {
+  const char* bytes = reinterpret_cast<const char*>(row);
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < size * static_cast<int64_t>(sizeof(T)); i += kCacheLineBytes) {
+    __builtin_prefetch(bytes + i);
+  }
+}
+
+// out[0, padded) = row[0, size), then zeros
+template <typename T>
+C10_ALWAYS_INLINE void widen_row(const T* row, float* out, int64_t size, int64_t padded) {
+  int64_t i = 0;
+#pragma GCC unroll 8
+  for (; i + kLanes <= size; i += kLanes) {
+    load_wide(row + i).store(out + i);
+  }
+  for (; i < size; ++i) {
+    out[i] = static_cast<float>(row[i]);
+  }
+  for (; i < padded; ++i) {
+    out[i] = 0.f;
+  }
+}
+
+C10_ALWAYS_INLINE float sum_lanes(const Vec& x) {
+  return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, x);
+}
+
+// clamp_min and not maximum: the latter pays for NaN, which a largest score cannot mend anyway.
+C10_ALWAYS_INLINE Vec larger(const Vec& a, const Vec& b) { return at::vec::clamp_min(a, b); }
+
+C10_ALWAYS_INLINE float max_lanes(const Vec& x) {
+  return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return larger(a, b); }, x);
+}
+
+// out[r * ldo] = rows[r, 0..size) . key[0..size) for r < kRows
+template <int kRows, typename T>
+C10_ALWAYS_INLINE void dot_rows(
+    const float* rows, int64_t ldr, const T* key, float* out, int64_t ldo, int64_t size) {
+  Vec sum[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    sum[r] = Vec(0.f);
+  }
+  int64_t i = 0;
+#pragma GCC unroll 8
+  for (; i + kLanes <= size; i += kLanes) {
+    const Vec wide = load_wide(key + i);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      sum[r] = at::vec::fmadd(Vec::loadu(rows + r * ldr + i), wide, sum[r]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    float rest = 0.f;
+    for (int64_t j = i; j < size; ++j) {
+      rest += rows[r * ldr + j] * static_cast<float>(key[j]);
+    }
+    out[r * ldo] = sum_lanes(sum[r]) + rest;
+  }
+}
+
+// c[kRows, kColumns vectors] = a[kRows, depth] * b (+ c), where b(k, j) is the vector of row k at
+// column j; `first` is the first column.
+template <int kRows, int kColumns, bool kAccumulate, typename Right>
+void multiply_tile(
+    const float* a, int64_t lda, const Right& b, int64_t first, float* c, int64_t ldc,
+    int64_t depth) {
+  Vec sum[kRows][kColumns];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kColumns; ++j) {
+      sum[r][j] = kAccumulate ? Vec::loadu(c + r * ldc + j * kLanes) : Vec(0.f);
+    }
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec right[kColumns];
+#pragma GCC unroll 4
+    for (int j = 0; j < kColumns; ++j) {
+      right[j] = b(k, first + j * kLanes);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Vec left(a[r * lda + k]);
+#pragma GCC unroll 4
+      for (int j = 0; j < kColumns; ++j) {
+        sum[r][j] = at::vec::fmadd(left, right[j], sum[r][j]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kColumns; ++j) {
+      sum[r][j].store(c + r * ldc + j * kLanes);
+    }
+  }
+}
+
+template <int kRows, bool kAccumulate, typename Right>
+void multiply_rows(
+    const float* a, int64_t lda, const Right& b, float* c, int64_t ldc, int64_t columns,
+    int64_t depth) {
+  constexpr int kWide = kRows <= 3 ? 4 : 2;  // sums that the 16 registers of AVX2 just hold
+  int64_t j = 0;
+  for (; j + kWide * kLanes <= columns; j += kWide * kLanes) {
+    multiply_tile<kRows, kWide, kAccumulate>(a, lda, b, j, c + j, ldc, depth);
+  }
+  for (; j < columns; j += kLanes) {
+    multiply_tile<kRows, 1, kAccumulate>(a, lda, b, j, c + j, ldc, depth);
+  }
+}
+
+// c[rows, columns] = a[rows, depth] * b (+ c), `columns` padded, b as above
+template <bool kAccumulate, typename Right>
+void multiply(
+    const float* a, int64_t lda, const Right& b, float* c, int64_t ldc, int64_t rows,
+    int64_t columns, int64_t depth) {
+  for (; rows >= 6; rows -= 6, a += 6 * lda, c += 6 * ldc) {
+    multiply_rows<6, kAccumulate>(a, lda, b, c, ldc, columns, depth);
+  }
+  switch (rows) {
+    case 1: return multiply_rows<1, kAccumulate>(a, lda, b, c, ldc, columns, depth);
+    case 2: return multiply_rows<2, kAccumulate>(a, lda, b, c, ldc, columns, depth);
+    case 3: return multiply_rows<3, kAccumulate>(a, lda, b, c, ldc, columns, depth);
+    case 4: return multiply_rows<4, kAccumulate>(a, lda, b, c, ldc, columns, depth);
+    case 5: return multiply_rows<5, kAccumulate>(a, lda, b, c, ldc, columns, depth);
+    default: return;
+  }
+}
+
+// row[0, padded) *= factor
+inline void scale_row(float* row, float factor, int64_t padded) {
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    (Vec::loadu(row + i) * Vec(factor)).store(row + i);
+  }
+}
+
+// scores[0, padded) = cap * tanh(scores / cap); tanh|y| = (1 - e) / (1 + e) with e = exp(-2|y|)
+inline void soft_cap(float* scores, int64_t padded, float cap) {
+  const Vec one(1.f), scale(-2.f / cap), limit(cap);
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    const Vec score = Vec::loadu(scores + i);
+    const Vec e = (score.abs() * scale).exp_u20();
+    const Vec size = limit * (one - e) / (one + e);
+    Vec::blendv(size, size.neg(), score < Vec(0.f)).store(scores + i);
+  }
+}
+
+// scores[0, padded) = exp(scores - best) where `best` is the largest so far; returns their sum
+inline float soften(float* scores, int64_t padded, float best) {
+  Vec total(0.f);
+  for (int64_t j = 0; j < padded; j += kLanes) {
+    const Vec weight = (Vec::loadu(scores + j) - Vec(best)).exp_u20();
+    weight.store(scores + j);
+    total = total + weight;
+  }
+  return sum_lanes(total);
+}
+
+inline float largest(const float* scores, int64_t padded, float at_least) {
+  Vec best(at_least);
+  for (int64_t j = 0; j < padded; j += kLanes) {
+    best = larger(best, Vec::loadu(scores + j));
+  }
+  return max_lanes(best);
+}
+
+}  // namespace
