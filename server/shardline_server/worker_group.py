@@ -181,10 +181,19 @@ class WorkerGroup:
     def _receive(self) -> FromWorker:
         message = decode_from_worker(self.socket.recv_multipart()[1])
         if isinstance(message, Failed):
-            place = self.config.layout.place(message.rank)
-            reason = message.reason if message.is_refusal else f"{place} failed: {message.reason}"
-            raise WorkerFailed(reason, is_refusal=message.is_refusal)
+            raise self._explain(message)
         return message
+
+    def _explain(self, message: Failed) -> WorkerFailed:
+        """Why a worker fails: a rank that was killed breaks its neighbours' connections first."""
+        if message.is_refusal:
+            return WorkerFailed(message.reason, is_refusal=True)
+        reason = f"{self.config.layout.place(message.rank)} failed: {message.reason}"
+        for place, process in self._processes.items():
+            if (process.poll() or 0) < 0:
+                killed = f"the worker of {place} {describe_exit(process.returncode)}"
+                return WorkerFailed(f"{killed}; {reason}")
+        return WorkerFailed(reason)
 
     def _raise_last_words(self) -> None:
         """A worker that fails says so before it ends; prefer its reason to its exit status."""
