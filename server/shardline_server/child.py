@@ -38,6 +38,14 @@ def stop_child_processes(processes: list[subprocess.Popen[bytes]]) -> None:
             process.stdout.close()
 
 
+def was_killed(process: subprocess.Popen[bytes], within_s: float) -> bool:
+    """Whether a signal has ended the process, or does so within that time."""
+    try:
+        return process.wait(within_s) < 0
+    except subprocess.TimeoutExpired:
+        return False
+
+
 def describe_exit(returncode: int) -> str:
     """How a process ended, in words."""
     if returncode < 0:

@@ -24,7 +24,12 @@ from shardline_shards.messages import (
     encode,
 )
 
-from shardline_server.child import describe_exit, start_child_process, stop_child_processes
+from shardline_server.child import (
+    describe_exit,
+    start_child_process,
+    stop_child_processes,
+    was_killed,
+)
 from shardline_server.engine_config import EngineConfig
 
 logger = logging.getLogger("shardline.engine")
@@ -32,6 +37,7 @@ logger = logging.getLogger("shardline.engine")
 _Message = TypeVar("_Message", Joined, Loaded, Ready)
 
 _CHECK_INTERVAL_MS = 200
+_DEATH_TAKES_S = 0.3
 _CPU_MEMORY_SHARE = 0.5
 _CUDA_MEMORY_SHARE = 0.9
 
@@ -185,12 +191,15 @@ class WorkerGroup:
         return message
 
     def _explain(self, message: Failed) -> WorkerFailed:
-        """Why a worker fails: a rank that was killed breaks its neighbours' connections first."""
+        """Why a worker fails: a rank that was killed breaks its neighbours' connections, and they
+        may say so before its process has quite ended.
+        """
         if message.is_refusal:
             return WorkerFailed(message.reason, is_refusal=True)
-        reason = f"{self.config.layout.place(message.rank)} failed: {message.reason}"
+        reporter = self.config.layout.place(message.rank)
+        reason = f"{reporter} failed: {message.reason}"
         for place, process in self._processes.items():
-            if (process.poll() or 0) < 0:
+            if place != reporter and was_killed(process, within_s=_DEATH_TAKES_S):
                 killed = f"the worker of {place} {describe_exit(process.returncode)}"
                 return WorkerFailed(f"{killed}; {reason}")
         return WorkerFailed(reason)
