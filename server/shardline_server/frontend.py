@@ -88,6 +88,7 @@ class Frontend:
             self._files = await asyncio.to_thread(load_model_files, config.model_path)
         except BaseException:
             self._http.close()
+            await self._grpc.stop(0)
             raise
         await self.engine.start()
         await self._http.start()

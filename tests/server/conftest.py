@@ -1,10 +1,15 @@
-"""What the server's tests share: a tiny byte-level tokenizer with a chat template."""
+"""What the server's tests share: a tiny tokenizer, and a front end before a scripted engine."""
 
+import grpc
+import httpx
 import pytest
+from tests.server.peer import EnginePeer
+from tests.server.running import running_frontend
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import PreTrainedTokenizerFast
 
+from shardline_server.protos.shardline.v1.generation_pb2_grpc import GenerationStub
 from shardline_server.tokenizer import Tokenizer, load_tokenizer
 
 SENTENCES = [
@@ -52,3 +57,55 @@ def tokenizer_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_folder) -> Tokenizer:
     return load_tokenizer(tokenizer_folder)
+
+
+@pytest.fixture(scope="module")
+def shared_peer():
+    peer = EnginePeer()
+    yield peer
+    peer.stop()
+
+
+@pytest.fixture(scope="module")
+def running(shared_peer, tokenizer_folder):
+    with running_frontend(shared_peer.address, tokenizer_folder) as running:
+        yield running
+
+
+@pytest.fixture
+def peer(shared_peer):
+    """The module's scripted engine; each test finds it as new."""
+    shared_peer.reset()
+    return shared_peer
+
+
+@pytest.fixture
+def http(running, peer):
+    with httpx.Client(base_url=running.addresses.http_url, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture
+def stub(running, peer):
+    with grpc.insecure_channel(running.addresses.grpc_target) as channel:
+        yield GenerationStub(channel)
+
+
+@pytest.fixture
+def own_peer():
+    """A scripted engine for one test that kills it, or counts."""
+    peer = EnginePeer()
+    yield peer
+    peer.stop()
+
+
+@pytest.fixture
+def own_running(own_peer, tokenizer_folder):
+    with running_frontend(own_peer.address, tokenizer_folder) as running:
+        yield running
+
+
+@pytest.fixture
+def own_http(own_running):
+    with httpx.Client(base_url=own_running.addresses.http_url, timeout=30) as client:
+        yield client

@@ -78,9 +78,7 @@ class EnginePeer:
     """Answers each Submit with what `script` makes of it; keeps what came for the test to read."""
 
     def __init__(self, script: Callable[[Submit], list[Delta]] = echo, *, is_ready=True) -> None:
-        self.script = script
-        self.submits: queue.Queue[Submit] = queue.Queue()
-        self.aborts: queue.Queue[str] = queue.Queue()
+        self.reset(script)
         self.ready = EngineReady(max_model_len=64, num_kv_blocks=100, block_size=16, vocab_size=512)
         self._is_ready = is_ready
         self._context = zmq.Context()
@@ -95,6 +93,12 @@ class EnginePeer:
         self._frontends: set[bytes] = set()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
+
+    def reset(self, script: Callable[[Submit], list[Delta]] = echo) -> None:
+        """Forget what came."""
+        self.script = script
+        self.submits: queue.Queue[Submit] = queue.Queue()
+        self.aborts: queue.Queue[str] = queue.Queue()
 
     def send(self, message: FromEngine) -> None:
         """To every front end that has said Hello; waits for the first."""

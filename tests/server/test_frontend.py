@@ -1,0 +1,93 @@
+"""Starting and stopping the doors."""
+
+import asyncio
+import json
+import socket
+
+import httpx
+import pytest
+from tests.server.peer import delta
+from tests.server.running import running_frontend
+
+from shardline_server.errors import ConfigError
+from shardline_server.frontend import Addresses, Frontend, FrontendConfig
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
+def start(folder, **values):
+    async def run():
+        defaults = {"host": "127.0.0.1", "http_port": 0, "grpc_port": 0, "model_path": folder}
+        names = {"engine_address": "tcp://127.0.0.1:9", "served_model_names": ("tiny",)}
+        frontend = Frontend(FrontendConfig(**(defaults | names | values)))
+        await frontend.start()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("door", ["http_port", "grpc_port"])
+def test_a_port_in_use_is_named(tokenizer_folder, door):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}.*choose another port"):
+            start(tokenizer_folder, **{door: port})
+
+
+def test_a_second_server_does_not_share_the_ports_of_the_first(running, tokenizer_folder):
+    addresses = running.addresses
+    with pytest.raises(ConfigError, match=str(addresses.http_port)):
+        start(tokenizer_folder, http_port=addresses.http_port)
+    with pytest.raises(ConfigError, match=str(addresses.grpc_port)):
+        start(tokenizer_folder, grpc_port=addresses.grpc_port)
+
+
+def test_a_host_that_is_not_ours_is_named(tokenizer_folder):
+    with pytest.raises(ConfigError, match=r"192\.0\.2\.1"):
+        start(tokenizer_folder, host="192.0.2.1")
+
+
+def test_a_model_without_a_tokenizer_gives_the_ports_back(tmp_path):
+    ports = [free_port(), free_port()]
+    with pytest.raises(ConfigError, match="No usable tokenizer"):
+        start(tmp_path, http_port=ports[0], grpc_port=ports[1])
+    for port in ports:
+        socket.create_server(("127.0.0.1", port)).close()
+
+
+def test_addresses_are_made_for_clients():
+    assert Addresses("0.0.0.0", 80, 90).http_url == "http://127.0.0.1:80"
+    assert Addresses("::", 80, 90).grpc_target == "[::1]:90"
+    assert Addresses("10.0.0.5", 80, 90).grpc_target == "10.0.0.5:90"
+
+
+def test_stopping_ends_open_streams_with_an_error_and_closes_the_doors(own_peer, tokenizer_folder):
+    own_peer.script = lambda submit: [delta(submit.request_id, 0, [300])]
+    with running_frontend(own_peer.address, tokenizer_folder) as running:
+        url = running.addresses.http_url
+        body = {"prompt": "the", "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            running.call(running.frontend.stop())
+            last = [line for line in lines if line][-1]
+        assert "shutting down" in json.loads(last.removeprefix("data: "))["error"]["message"]
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/health")
+
+
+def test_grace_lets_a_request_finish(own_peer, tokenizer_folder):
+    own_peer.script = lambda submit: [delta(submit.request_id, 0, [300])]
+    with running_frontend(own_peer.address, tokenizer_folder) as running:
+        url = running.addresses.http_url
+        body = {"prompt": "the", "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            stopping = asyncio.run_coroutine_threadsafe(running.frontend.stop(30), running.loop)
+            request_id = own_peer.next_submit().request_id
+            own_peer.send_deltas(delta(request_id, 1, [301], finish_reason="length"))
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        stopping.result(30)
