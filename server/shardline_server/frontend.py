@@ -80,15 +80,14 @@ class Frontend:
         Raises ConfigError if a port is taken or the model has no usable tokenizer.
         """
         config = self.config
+        self._files = await asyncio.to_thread(load_model_files, config.model_path)
         self._http = HttpServer(self.service, config)
         self._grpc = GrpcServer(self.service, config.api_keys)
         http_port = self._http.bind(config.host, config.http_port)
         try:
             grpc_port = self._grpc.bind(config.host, config.grpc_port)
-            self._files = await asyncio.to_thread(load_model_files, config.model_path)
-        except BaseException:
+        except ConfigError:
             self._http.close()
-            await self._grpc.stop(0)
             raise
         await self.engine.start()
         await self._http.start()
