@@ -92,7 +92,6 @@ class EngineClient:
     def __init__(self, address: str) -> None:
         self._address = address
         self._streams: dict[str, DeltaStream] = {}
-        self._context = zmq.asyncio.Context()
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
         self._answered = asyncio.Event()
         self._failed = asyncio.Event()
@@ -112,6 +111,7 @@ class EngineClient:
 
     async def start(self) -> None:
         """Connect (the engine need not be there yet) and introduce ourselves."""
+        self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.set_hwm(0)
         self._socket.linger = 0
