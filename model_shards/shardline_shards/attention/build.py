@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from shardline_shards.cache import default_cache_dir
+
 logger = logging.getLogger(__name__)
 
 _SOURCE_FOLDER = Path(__file__).parent / "csrc"
@@ -49,8 +51,7 @@ def build() -> Path:
 
 
 def _library_path() -> Path:
-    cache = os.environ.get("SHARDLINE_CACHE") or Path.home() / ".cache" / "shardline"
-    return Path(cache) / "kernels" / f"paged_attention-{_fingerprint()}.so"
+    return default_cache_dir() / "kernels" / f"paged_attention-{_fingerprint()}.so"
 
 
 def _fingerprint() -> str:
