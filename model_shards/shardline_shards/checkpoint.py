@@ -5,6 +5,7 @@ checkpoints are applied, conversions that build new tensors are refused.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from shardline_shards.errors import LoadError, UnsupportedModel
 from shardline_shards.sharding import ParameterSource
 from shardline_shards.stage_model import StageModel
 
+# Older checkpoints store what is computed today.
+_COMPUTED_BUFFERS = (r"rotary_emb\.inv_freq",)
 INDEX_NAME = "model.safetensors.index.json"
 
 
@@ -40,6 +43,7 @@ def load_weights(stage: StageModel, model_path: Path, device: torch.device) -> L
     """
     with ExitStack() as stack:
         checkpoint = _Checkpoint(stage.model, _open_files(model_path, stack))
+        checkpoint.check_nothing_left_over(stage.all_names)
         read_bytes = 0
         for name, parameter in list(stage.model.named_parameters()):
             source = stage.sources.get(name, ParameterSource(name))
@@ -120,7 +124,10 @@ class _Checkpoint:
                         f"{type(model).__name__} builds weights out of {stored} and others while "
                         "loading, which sharded reading does not do"
                     )
+        self._class_name = type(model).__name__
         self._prefix = f"{model.base_model_prefix}."
+        patterns = {*(model._keys_to_ignore_on_load_unexpected or ()), *_COMPUTED_BUFFERS}
+        self._ignored = re.compile("|".join(patterns))
         self._stored = {apply_renamings(name, renamings): name for name in handles}
         self._handles = handles
 
@@ -128,6 +135,17 @@ class _Checkpoint:
     def total_bytes(self) -> int:
         """Bytes of all tensors in the checkpoint."""
         return sum(self._stored_bytes(name) for name in self._handles)
+
+    def check_nothing_left_over(self, wanted: frozenset[str]) -> None:
+        """Raise LoadError if the files hold tensors that the whole model has no use for."""
+        bare = {name.removeprefix(self._prefix) for name in wanted}
+        left = [name for name in self._stored if name not in wanted and name not in bare]
+        left = [name for name in left if not self._ignored.search(name)]
+        if left:
+            raise LoadError(
+                f"the checkpoint holds {len(left)} tensors that {self._class_name} has no use for, "
+                f"such as {sorted(left)[0]!r}; do config.json and weights belong together?"
+            )
 
     def _stored_bytes(self, name: str) -> int:
         stored = self._handles[name].get_slice(name)

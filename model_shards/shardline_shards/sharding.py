@@ -24,7 +24,7 @@ from shardline_shards.parallel_layers import (
 
 _COLUMN_STYLES = frozenset({"colwise", "packed_colwise", "colwise_gather_output"})
 _ROW_STYLES = frozenset({"rowwise", "rowwise_split_input"})
-_REPLICATED_STYLES = frozenset({"replicated_with_grad_allreduce"})
+_KNOWN_STYLES = _COLUMN_STYLES | _ROW_STYLES | {"replicated_with_grad_allreduce"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class TensorSharder:
             prefix = f"{self.model.base_model_prefix}.layers.{index}"
             layer = self.model.get_submodule(prefix)
             share = self._head_share()
-            attention_path = _find_attention(layer)
+            attention_path = find_attention(layer)
             _LayerSharder(self, prefix, layer, attention_path, share, styles).shard()
 
     def shard_embedding(self, path: str) -> None:
@@ -94,6 +94,12 @@ class TensorSharder:
                 f"{type(self.model).__name__} publishes no tensor-parallel plan; serve it with --tp 1"
             )
         marker = "layers.*."
+        for pattern, style in plan.items():
+            if pattern.startswith(marker) and style not in _KNOWN_STYLES:
+                raise UnsupportedModel(
+                    f"{type(self.model).__name__} cannot be split over {self.tp.size} ranks: "
+                    f"its plan splits {pattern!r} by {style!r}; serve it with --tp 1"
+                )
         return {
             re.compile(re.escape(pattern.removeprefix(marker))): style
             for pattern, style in plan.items()
@@ -101,7 +107,8 @@ class TensorSharder:
         }
 
 
-def _find_attention(layer: nn.Module) -> str:
+def find_attention(layer: nn.Module) -> str:
+    """Path of a decoder layer's attention module. Raises UnsupportedModel unless there is one."""
     paths = [
         path
         for path, module in layer.named_modules()
@@ -152,11 +159,7 @@ class _LayerSharder:
 
     def _style(self, path: str) -> str | None:
         styles = [style for pattern, style in self.styles.items() if pattern.fullmatch(path)]
-        if not styles:
-            return None
-        if styles[0] not in _COLUMN_STYLES | _ROW_STYLES | _REPLICATED_STYLES:
-            raise self._unsupported(f"its plan splits {path!r} by {styles[0]!r}")
-        return styles[0]
+        return styles[0] if styles else None
 
     def _head_rows(self, path: str, module: nn.Linear, style: str) -> tuple[range, ...]:
         """Output rows of this rank, for separate, packed ([q | k | v]) and interleaved projections."""

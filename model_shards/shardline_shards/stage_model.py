@@ -16,15 +16,21 @@ from shardline_shards.collectives import Collectives
 from shardline_shards.errors import UnsupportedModel
 from shardline_shards.layout import ParallelLayout, Place
 from shardline_shards.parallel_layers import SkippedLayer
-from shardline_shards.sharding import ParameterSource, TensorSharder
+from shardline_shards.sharding import ParameterSource, TensorSharder, find_attention
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True, slots=True)
 class StageModel:
-    """A stage of a model, and where each of its parameters comes from."""
+    """A stage of a model, and where each of its parameters comes from.
+
+    `all_names` are the tensors of the whole model, of which the stage holds some.
+    """
 
     model: PreTrainedModel
     sources: dict[str, ParameterSource]
+    all_names: frozenset[str]
     layers: range
     is_first: bool
     is_last: bool
@@ -67,6 +73,8 @@ def build_stage_model(
             config, dtype=dtype, attn_implementation=implementation
         )
     model.eval().requires_grad_(False)
+    _check_attention(model)
+    all_names = frozenset(model.state_dict())
     _materialize_buffers(model, device)
     layers = layout.layers(place.stage_index)
     cut = _Cut(model, layers, layout.is_first(place), layout.is_last(place))
@@ -75,7 +83,21 @@ def build_stage_model(
     if tp.size > 1:
         cut.shard(sharder)
     cut.tie_head(sharder.sources)
-    return StageModel(model, sharder.sources, layers, cut.is_first, cut.is_last)
+    return StageModel(model, sharder.sources, all_names, layers, cut.is_first, cut.is_last)
+
+
+def _check_attention(model: PreTrainedModel) -> None:
+    """Every layer must attend through the function that we register, and do nothing else in time:
+    what keeps another state, or another attention, would be silently wrong.
+    """
+    name = type(model).__name__
+    if not model._supports_attention_backend:
+        raise UnsupportedModel(f"{name} does not take an attention function from outside")
+    kinds = set(getattr(model.config, "layer_types", None) or ()) - _LAYER_TYPES
+    if kinds:
+        raise UnsupportedModel(f"{name} has layers of a kind that is not served: {sorted(kinds)}")
+    for layer in model.get_submodule(model.base_model_prefix).layers:
+        find_attention(layer)
 
 
 def _materialize_buffers(model: PreTrainedModel, device: torch.device) -> None:
@@ -105,6 +127,9 @@ class _Cut:
 
     def keep_stage(self) -> None:
         """Remove what other stages hold."""
+        if self.is_first and self.is_last:
+            return
+        self._check_plan()
         for index in range(len(self.base.layers)):
             if index not in self.layers:
                 self.base.layers[index] = SkippedLayer()
@@ -115,14 +140,14 @@ class _Cut:
                 1.0  # granite scales whatever it is given as embeddings
             )
 
-    def _outside_paths(self) -> list[str]:
-        names = list(self.model.config.base_model_pp_plan or ())
-        if "layers" not in names:
-            if self.is_first and self.is_last:
-                return []
+    def _check_plan(self) -> None:
+        if "layers" not in (self.model.config.base_model_pp_plan or {}):
             raise UnsupportedModel(
                 f"{type(self.model).__name__} publishes no pipeline plan; serve it with --pp 1"
             )
+
+    def _outside_paths(self) -> list[str]:
+        names = list(self.model.config.base_model_pp_plan or ())
         position = names.index("layers")
         before = [] if self.is_first else names[:position]
         after = [] if self.is_last else names[position + 1 :]
