@@ -114,10 +114,9 @@ class Scheduler:
         if len(self._in_flight) >= self.config.in_flight_limit:
             return None
         step = Step(self._num_steps, self._cost, self._memory)
-        has_memory = self._plan_decodes(step, now)
+        self._plan_decodes(step, now)
         self._plan_prefills(step)
-        if has_memory:
-            self._plan_waiting(step)
+        self._plan_waiting(step)
         if not len(step):
             return None
         self._num_steps += 1
@@ -169,7 +168,8 @@ class Scheduler:
         self._running.check()
         waiting = list(self._waiting)
         assert len(waiting) == len(self._waiting), "the waiting queue miscounts"
-        assert not any(request.block_table for request in waiting), "a waiting request has blocks"
+        for request in waiting:
+            assert not (request.block_table or request.num_computed_tokens), "has begun, yet waits"
         alive = {request.request_id for request in (*waiting, *self._running)}
         assert alive == self._requests.keys(), f"orphans: {alive ^ self._requests.keys()}"
         assert self._in_flight or not any(request.is_token_in_flight for request in self._running)
@@ -178,8 +178,8 @@ class Scheduler:
         assert now >= self._now, f"time runs back from {self._now} to {now}"
         self._now = now
 
-    def _plan_decodes(self, step: Step, now: float) -> bool:
-        """Give decodes their token, oldest first; False if memory ran short.
+    def _plan_decodes(self, step: Step, now: float) -> None:
+        """Give decodes their token, oldest first.
 
         Of R decodes at most ⌈R / in_flight_limit⌉, so that micro-batches stay even: requests that
         came together would else share one micro-batch for ever, and leave the stages before and
@@ -187,7 +187,6 @@ class Scheduler:
         """
         cap = -(-self._running.num_decodes // self.config.in_flight_limit)
         victims = Victims(self._running, self._policy, step.step_id, now)
-        num_preemptions = self._num_preemptions
         passed_over: list[Request] = []
         while len(step) < cap and (request := self._running.pop_decode()):
             if self._memory.lacks_block(request) and not self._make_room(request, victims):
@@ -196,7 +195,6 @@ class Scheduler:
                 passed_over.append(request)
                 break
         self._running.put_back(passed_over)
-        return not passed_over and num_preemptions == self._num_preemptions
 
     def _make_room(self, request: Request, victims: Victims) -> bool:
         """One more block; who gets none keeps what he has and waits for another step."""
@@ -220,12 +218,13 @@ class Scheduler:
 
     def _admit(self, step: Step, request: Request) -> bool:
         """Let the first of the queue run, if its tokens fit memory and one of them the step."""
-        if not step.can_take(0):
+        if not step.can_take(0):  # Spares the look-up; the prefix that it finds has a say too.
             return False
         prefix = self._memory.find_prefix(request)
         if not step.can_take(len(prefix) * self.config.block_size):
             return False
-        # A block for each of the others, or the newcomer would be the next to be thrown out.
+        # A block for each of the others, or their next tokens would throw the newcomer out again:
+        # with memory short that made a quarter of all computing replay, and so it is a hundredth.
         if not self._memory.can_admit(request, prefix, num_spare_blocks=len(self._running)):
             return False
         self._waiting.pop()

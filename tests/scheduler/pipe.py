@@ -18,11 +18,14 @@ class Stream:
     tokens: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    num_cached_tokens: int | None = None
 
     def take(self, output: RequestOutput) -> None:
         assert self.finish_reason is None, "nothing follows the end"
         assert output.index == len(self.tokens), "no token is lost or told twice"
         assert not (output.prompt_logprobs and self.tokens), "prompt logprobs come first"
+        assert self.num_cached_tokens in (None, output.num_cached_tokens)
+        self.num_cached_tokens = output.num_cached_tokens
         self.tokens += output.token_ids
         self.prompt_logprobs += output.prompt_logprobs
         self.finish_reason = output.finish_reason
@@ -52,6 +55,7 @@ class Pipe:
         self.now = 0.0
 
     def add(self, request_id: str, prompt: list[int], **sampling: object) -> Stream:
+        self.now += 1.0
         params = SamplingParams(**{"seed": 0, "max_tokens": 4} | sampling)  # type: ignore[arg-type]
         self.scheduler.add(Request(request_id, prompt, params), self.now)
         self.streams[request_id] = Stream(prompt, params)
