@@ -78,10 +78,9 @@ class ChatMessage(StrictModel):
         return {"role": self.role, "content": text} | ({"name": self.name} if self.name else {})
 
 
-class ChatPrompt(StrictModel):
-    """What becomes a prompt by way of the chat template."""
+class TemplateOptions(StrictModel):
+    """How a conversation is put through the chat template."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
@@ -99,6 +98,15 @@ class ChatPrompt(StrictModel):
             names = ", ".join(sorted(reserved))
             raise refusal("chat_template_kwargs", f"chat_template_kwargs may not set {names}.")
         return self
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1)]
+
+
+class ChatPrompt(TemplateOptions):
+    """A conversation that is to become a prompt."""
+
+    messages: Messages
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,18 +143,21 @@ async def encode_prompts(
     ]
 
 
-async def encode_chat(model: ServedModel, chat: ChatPrompt) -> Prompt:
+async def encode_chat(
+    model: ServedModel, messages: Sequence[ChatMessage], options: TemplateOptions
+) -> Prompt:
     """The conversation through the model's chat template; raises InvalidRequest."""
-    continues = bool(chat.continue_final_message)
-    begins = not continues if chat.add_generation_prompt is None else chat.add_generation_prompt
+    continues = bool(options.continue_final_message)
+    asked = options.add_generation_prompt
+    begins = not continues if asked is None else asked
     text = model.tokenizer.render_chat(
-        [message.for_template() for message in chat.messages],
+        [message.for_template() for message in messages],
         add_generation_prompt=begins,
         continue_final_message=continues,
-        **(chat.chat_template_kwargs or {}),
+        **(options.chat_template_kwargs or {}),
     )
     return await encode_text(
-        model, text, add_special_tokens=bool(chat.add_special_tokens), param="messages"
+        model, text, add_special_tokens=bool(options.add_special_tokens), param="messages"
     )
 
 

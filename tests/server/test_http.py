@@ -158,7 +158,8 @@ def test_tokenize_and_detokenize(http, tokenizer):
     back = http.post("/detokenize", json={"tokens": text["tokens"]}).json()
     assert back == {"prompt": "the 🎉"}
     assert http.post("/detokenize", json={"tokens": [512]}).status_code == 400
-    assert http.post("/tokenize", json={"prompt": 3}).json()["error"]["param"]
+    for wrong in ({"prompt": 3}, {}, {"prompt": "x", "messages": MESSAGES}):
+        assert http.post("/tokenize", json=wrong).json()["error"]["param"] == "prompt"
 
 
 def test_models_version_load_and_docs(http):

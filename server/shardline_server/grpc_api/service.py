@@ -97,7 +97,8 @@ class GenerationRpc(GenerationServicer):
         special = request.add_special_tokens if request.HasField("add_special_tokens") else None
         match request.WhichOneof("prompt"):
             case "chat":
-                return await encode_chat(model, convert.chat_prompt(request.chat, special))
+                chat = convert.chat_prompt(request.chat, special)
+                return await encode_chat(model, chat.messages, chat)
             case "text":
                 given: list[str] | list[list[int]] = [request.text]
             case "token_ids" if isinstance(request, pb.GenerateRequest):

@@ -13,8 +13,7 @@ from shardline_server.http_api.requests import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
-    TokenizeChat,
-    TokenizeText,
+    TokenizeRequest,
 )
 from shardline_server.http_api.responses import (
     ChatCompletion,
@@ -53,7 +52,7 @@ def openai_router(service: GenerationService) -> APIRouter:
         """Answer a conversation, through the model's chat template."""
         model = service.model
         name = model.require_name(body.model)
-        prompt = await encode_chat(model, body)
+        prompt = await encode_chat(model, body.messages, body)
         generation = service.generate(
             new_request_id("chatcmpl"),
             [prompt],
@@ -76,7 +75,7 @@ def openai_router(service: GenerationService) -> APIRouter:
         return _card(model, model.require_name(name))
 
     @router.post("/tokenize")
-    async def tokenize(body: TokenizeText | TokenizeChat) -> Tokens:
+    async def tokenize(body: TokenizeRequest) -> Tokens:
         """Token ids of a text, or of a conversation."""
         return await _tokenize(service.model, body)
 
@@ -91,13 +90,14 @@ def openai_router(service: GenerationService) -> APIRouter:
     return router
 
 
-async def _tokenize(model: ServedModel, body: TokenizeText | TokenizeChat) -> Tokens:
+async def _tokenize(model: ServedModel, body: TokenizeRequest) -> Tokens:
     model.require_name(body.model)
-    if isinstance(body, TokenizeText):
+    if body.messages is not None:
+        prompt = await encode_chat(model, body.messages, body)
+    else:
+        assert body.prompt is not None
         special = body.add_special_tokens is not False
         [prompt] = await encode_prompts(model, [body.prompt], add_special_tokens=special)
-    else:
-        prompt = await encode_chat(model, body)
     text_of = model.tokenizer.token_text
     strings = [text_of(token_id) for token_id in prompt.token_ids]
     return Tokens(

@@ -4,7 +4,7 @@ from typing import ClassVar, Self
 
 from pydantic import model_validator
 
-from shardline_server.prompts import ChatPrompt, PromptList
+from shardline_server.prompts import ChatPrompt, Messages, PromptList, TemplateOptions
 from shardline_server.request_fields import (
     ChatFields,
     CompletionFields,
@@ -54,20 +54,19 @@ class ChatCompletionRequest(OpenAIFields, ChatFields, ChatPrompt):
     """POST /v1/chat/completions."""
 
 
-class TokenizeText(StrictModel):
-    """POST /tokenize with a text."""
+class TokenizeRequest(TemplateOptions):
+    """POST /tokenize, with a text or a conversation."""
 
     model: str | None = None
-    prompt: str
-    add_special_tokens: bool | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
     return_token_strs: bool | None = None
 
-
-class TokenizeChat(ChatPrompt):
-    """POST /tokenize with a conversation."""
-
-    model: str | None = None
-    return_token_strs: bool | None = None
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise refusal("prompt", "Send either prompt or messages.")
+        return self
 
 
 class DetokenizeRequest(StrictModel):
