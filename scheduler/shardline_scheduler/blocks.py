@@ -84,12 +84,14 @@ class BlockPool:
             f"{len(free)} free + {len(self._cached)} cached + {len(uses)} used "
             f"!= {self.num_blocks} blocks"
         )
-        for block_id, ref_count in enumerate(self._ref_counts):
-            assert ref_count == uses[block_id], (
-                f"block {block_id} has {ref_count} references, {uses[block_id]} tables name it"
+        for block_id, num_uses in uses.items():
+            assert self._ref_counts[block_id] == num_uses, (
+                f"block {block_id} has {self._ref_counts[block_id]} references, "
+                f"{num_uses} tables name it"
             )
-        assert all(block_id in self.cache for block_id in self._cached), "cached but unknown"
-        assert not any(block_id in self.cache for block_id in free), "free but known"
+        assert sum(self._ref_counts) == uses.total(), "a block has references that no table names"
+        assert self._cached.keys() <= self.cache.block_ids(), "a block is cached but unknown"
+        assert free.isdisjoint(self.cache.block_ids()), "a block is free but known"
 
     def _evict(self) -> int:
         block_id, _ = self._cached.popitem(last=False)

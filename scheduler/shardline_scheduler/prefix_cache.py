@@ -6,7 +6,7 @@ taken for equal prefixes.
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import KeysView, Sequence
 from hashlib import sha256
 
 ROOT_DIGEST = b""
@@ -24,11 +24,12 @@ class PrefixCache:
         self._block_ids: dict[bytes, int] = {}
         self._digests: dict[int, bytes] = {}
 
-    def __len__(self) -> int:
-        return len(self._digests)
-
     def __contains__(self, block_id: int) -> bool:
         return block_id in self._digests
+
+    def block_ids(self) -> KeysView[int]:
+        """All blocks whose content is known."""
+        return self._digests.keys()
 
     def find(self, digest: bytes) -> int | None:
         """The block that holds this prefix, if one does."""

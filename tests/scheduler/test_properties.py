@@ -13,6 +13,8 @@ from shardline_scheduler import DuplicateRequest, QueueFull, Scheduler, Schedule
 from .pipe import Pipe
 from .reference_worker import VOCAB_SIZE
 
+pytestmark = pytest.mark.timeout(900)  # A failure is shrunk for up to five minutes.
+
 MAX_PROMPT_TOKENS = 16
 MAX_TOKENS = 20
 
