@@ -9,7 +9,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
-from tests.server.peer import delta, silence
+from tests.server.peer import delta, made_up_logprobs, silence
 from tests.server.running import running_frontend
 
 from shardline_server.messages import EngineFailed, FinishReason
@@ -148,6 +148,18 @@ def test_what_the_engine_refuses_is_a_status(stub, peer, name, code):
     for call in (stub.Generate, lambda request: list(stub.GenerateStream(request))):
         error = refused(lambda call=call: call(request()))
         assert (error.code(), error.details()) == (code, "it is so")
+
+
+def test_what_nobody_expected_is_logged_and_told_in_general_words(stub, peer, caplog):
+    peer.script = lambda submit: [
+        delta(submit.request_id, 0, [300], prompt_logprobs=[made_up_logprobs(5)] * 7)
+    ]
+    for call in (stub.Generate, lambda request: list(stub.GenerateStream(request))):
+        error = refused(lambda call=call: call(request(echo=True, logprobs=1)))
+        assert error.code() is grpc.StatusCode.INTERNAL
+        assert error.details().startswith("An internal error")
+        assert "zip()" in caplog.text
+        assert peer.next_abort() == peer.next_submit().request_id
 
 
 def test_health_follows_the_engine(own_peer, tokenizer_folder):

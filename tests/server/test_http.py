@@ -5,7 +5,7 @@ import socket
 
 import httpx
 import pytest
-from tests.server.peer import WAIT_S, delta, silence
+from tests.server.peer import WAIT_S, delta, made_up_logprobs, silence
 from tests.server.running import running_frontend
 
 from shardline_server.messages import EngineFailed, FinishReason
@@ -227,6 +227,22 @@ def test_an_error_in_the_middle_of_a_stream_is_its_last_record(http, peer):
     *_, last = records(response)
     assert json.loads(last)["error"]["message"] == "a worker died"
     assert "[DONE]" not in response.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_nobody_expected_is_logged_and_told_in_general_words(http, peer, caplog, stream):
+    body = {"prompt": "the fox", "echo": True, "logprobs": 1, "stream": stream}
+    prompt_logprobs_of_another_length = [made_up_logprobs(5)] * 7
+    peer.script = lambda submit: [
+        delta(submit.request_id, 0, [300], prompt_logprobs=prompt_logprobs_of_another_length)
+    ]
+    response = http.post("/v1/completions", json=body)
+    assert response.status_code == 500
+    assert response.json()["error"]["message"].startswith("An internal error")
+    while "zip()" not in caplog.text:
+        pass  # the log is written just after the answer
+    assert "Traceback" in caplog.text
+    assert peer.next_abort() == peer.next_submit().request_id
 
 
 def test_one_failed_choice_ends_the_others(http, peer):
