@@ -1,15 +1,20 @@
 """What the server's tests share: a tiny tokenizer, and a front end before a scripted engine."""
 
+from contextlib import contextmanager
+
 import grpc
 import httpx
 import pytest
 from tests.server.peer import EnginePeer
 from tests.server.running import running_frontend
+from tests.tiny import save_tiny
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import PreTrainedTokenizerFast
 
+from shardline_server.engine_launch import EngineProcess, plan_engine
 from shardline_server.protos.shardline.v1.generation_pb2_grpc import GenerationStub
+from shardline_server.settings import ServeSettings
 from shardline_server.tokenizer import Tokenizer, load_tokenizer
 
 SENTENCES = [
@@ -109,3 +114,34 @@ def own_running(own_peer, tokenizer_folder):
 def own_http(own_running):
     with httpx.Client(base_url=own_running.addresses.http_url, timeout=30) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A random llama whose vocabulary is the tiny tokenizer's."""
+    folder = save_tiny("llama", tmp_path_factory.mktemp("tiny-llama"), vocab_size=400)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def running_engine_process(model):
+    """The real engine with two stages, in fp32."""
+    settings = ServeSettings(
+        model=str(model), dtype="float32", pp=2, num_kv_blocks=256, threads_per_worker=1
+    )
+    engine = EngineProcess(plan_engine(settings, model))
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+@pytest.fixture(scope="session")
+def served(tiny_model):
+    """The real thing: engine, workers and both doors."""
+    with (
+        running_engine_process(tiny_model) as engine,
+        running_frontend(engine.read_address(), tiny_model) as running,
+    ):
+        yield running
