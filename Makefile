@@ -15,7 +15,8 @@ STAMP := $(VENV)/.setup-done
 KERNEL := $(VENV)/.kernel-built
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check format protos clean
+.PHONY: help setup serve test check format protos clean \
+  check-format check-lint check-types check-layout
 
 help:  ## show the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -43,10 +44,18 @@ serve: setup  ## serve the demo model in two stages; ARGS="--tp 2 --pp 1" overri
 test: setup  ## run the tests; ARGS="-k name" narrows them
 	@$(BIN)/python -m pytest $(ARGS)
 
-check: setup  ## format, lint, types, import arrows, wheel contents
+check: check-format check-lint check-types check-layout  ## format, lint, types, import arrows, wheel contents
+
+check-format: setup
 	$(BIN)/ruff format --check .
+
+check-lint: setup
 	$(BIN)/ruff check .
+
+check-types: setup
 	$(BIN)/mypy
+
+check-layout: setup
 	$(BIN)/python -m pytest -q tests/test_layout.py
 
 format: setup  ## format the code and mend what the linter can
