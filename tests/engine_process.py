@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 import zmq
+
 from shardline_scheduler.plan import SamplingParams
 from shardline_server.child import start_child_process, stop_child_processes
 from shardline_server.engine_config import EngineAddress, EngineConfig

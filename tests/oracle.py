@@ -1,4 +1,4 @@
-"""The naive way to generate, with nothing of ours in it: the whole sequence again for every token."""
+"""The naive way to generate, with nothing of ours in it: all of the sequence for every token."""
 
 from collections.abc import Sequence
 from pathlib import Path

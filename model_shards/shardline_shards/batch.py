@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from shardline_scheduler.plan import NewRequest, SamplingParams, ScheduledRequest, StepPlan
 from torch import Tensor
 
+from shardline_scheduler.plan import NewRequest, SamplingParams, ScheduledRequest, StepPlan
 from shardline_shards.attention import AttentionBackend, KVLayer, PagedBatch
 
 

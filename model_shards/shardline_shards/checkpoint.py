@@ -159,8 +159,9 @@ class _Checkpoint:
         name = self._find(source.name)
         stored = self._handles[name].get_slice(name)
         if not source.ranges:
-            return stored[:]
-        parts = [
+            whole: Tensor = stored[:]
+            return whole
+        parts: list[Tensor] = [
             stored[part.start : part.stop] if source.dim == 0 else stored[:, part.start : part.stop]
             for part in source.ranges
         ]

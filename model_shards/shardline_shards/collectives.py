@@ -1,4 +1,4 @@
-"""What the ranks of one stage do together: sum, and gather. One interface; the backend decides how."""
+"""What the ranks of one stage do together: sum and gather. The backend decides how."""
 
 from typing import Protocol
 
@@ -17,7 +17,7 @@ class Collectives(Protocol):
         """Sum over ranks; the same bits on every rank. May overwrite `tensor`."""
 
     def gather_last_dim(self, tensor: Tensor, sizes: list[int]) -> Tensor:
-        """Concatenate [..., sizes[rank]] over ranks on rank 0; other ranks get their own part back."""
+        """Concatenate [..., sizes[rank]] over ranks on rank 0; others get their own part back."""
 
 
 class SingleRank:
@@ -101,7 +101,7 @@ class NcclCollectives:
         return tensor
 
     def gather_last_dim(self, tensor: Tensor, sizes: list[int]) -> Tensor:
-        """Concatenate over ranks; parts are padded to the widest, since NCCL gathers equal sizes."""
+        """Concatenate over ranks; parts are padded, since NCCL gathers equal sizes."""
         widest = max(sizes)
         padded = torch.nn.functional.pad(tensor, (0, widest - tensor.shape[-1])).contiguous()
         parts = [torch.empty_like(padded) for _ in sizes]

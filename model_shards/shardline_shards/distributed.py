@@ -1,4 +1,4 @@
-"""Process groups: the rendezvous store, one group a stage, and the links between neighbouring stages."""
+"""Process groups: the store they meet at, one group a stage, the links between stages."""
 
 import os
 from collections import deque
@@ -8,6 +8,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store, TCPStore
 
 from shardline_shards.collectives import Collectives, make_collectives
 from shardline_shards.layout import ParallelLayout, Place
@@ -15,16 +16,16 @@ from shardline_shards.layout import ParallelLayout, Place
 _FORM_TIMEOUT = timedelta(minutes=5)
 
 
-def host_store(host: str, world_size: int) -> dist.TCPStore:
+def host_store(host: str, world_size: int) -> TCPStore:
     """A store on a port that the system chooses; `store.port` tells it to the others."""
-    return dist.TCPStore(
+    return TCPStore(
         host, 0, world_size, is_master=True, wait_for_workers=False, timeout=_FORM_TIMEOUT
     )
 
 
-def join_store(host: str, port: int, world_size: int) -> dist.TCPStore:
+def join_store(host: str, port: int, world_size: int) -> TCPStore:
     """A client of the store at `host:port`."""
-    return dist.TCPStore(host, port, world_size, is_master=False, timeout=_FORM_TIMEOUT)
+    return TCPStore(host, port, world_size, is_master=False, timeout=_FORM_TIMEOUT)
 
 
 def interface_of(host: str) -> str:
@@ -42,7 +43,7 @@ class Communicators:
         self,
         layout: ParallelLayout,
         place: Place,
-        store: dist.Store | None,
+        store: Store | None,
         host: str,
         device: torch.device,
     ) -> None:

@@ -1,4 +1,4 @@
-"""Who holds what: ranks on the tensor and pipeline axes, and the parts each of them gets. Integers only."""
+"""Who holds what: ranks on the tensor and pipeline axes, and the parts that each gets."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -17,7 +17,7 @@ class Place(Struct, frozen=True, order=True):
 
 
 class ParallelLayout(Struct, frozen=True, kw_only=True):
-    """How a model is spread: `tp` shards in each stage, and how many decoder layers each stage holds.
+    """How a model is spread: `tp` shards in each stage, and the decoder layers of each stage.
 
     Global ranks run over the tensor axis first, so the ranks of one stage are neighbours.
     """
@@ -108,8 +108,9 @@ def deal_heads(num_query_heads: int, num_kv_heads: int, tp: int) -> list[HeadSha
 
 
 def even_stages(num_layers: int, num_stages: int) -> tuple[int, ...]:
-    """Layers per stage when nothing is known about their cost; later stages get no more than earlier
-    ones, since the last also has the head.
+    """Layers per stage when nothing is known about their cost.
+
+    Later stages get no more than earlier ones, since the last also has the head.
     """
     return tuple(len(part) for part in deal(num_layers, num_stages))
 

@@ -1,12 +1,13 @@
 """What the engine and its workers say to each other, as msgpack over ZMQ, beside plans and results.
 
-Start of a worker: `Joined` → `Rendezvous` → `Loaded` → `Allocate` → `Ready`; then plans, until `Stop`.
+A worker starts by `Joined`, `Rendezvous`, `Loaded`, `Allocate`, `Ready`; then come plans, until
+`Stop`.
 """
 
 import msgspec
 from msgspec import Struct
-from shardline_scheduler.plan import StepPlan, StepResult
 
+from shardline_scheduler.plan import StepPlan, StepResult
 from shardline_shards.layout import ParallelLayout, Place
 
 
@@ -77,7 +78,7 @@ class Ready(Struct, frozen=True, array_like=True, tag=True):
 
 
 class Failed(Struct, frozen=True, array_like=True, tag=True):
-    """A worker ends; `reason` is for the operator, `is_refusal` says that no traceback is wanted."""
+    """A worker ends and says why; `is_refusal` if it is something that the operator can mend."""
 
     rank: int
     reason: str

@@ -1,4 +1,7 @@
-"""The few layers that talk over the tensor axis. Column-parallel layers do not: they are plain, narrower `nn.Linear`s."""
+"""The few layers that talk over the tensor axis.
+
+Column-parallel layers do not: they are plain, narrower `nn.Linear`s.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +39,7 @@ class GatheredLinear(nn.Linear):
         self.tp = tp
 
     def forward(self, input: Tensor) -> Tensor:
-        """Input [..., in_features], output [..., sum(sizes)] on rank 0, [..., sizes[rank]] elsewhere."""
+        """Input [..., in_features]; output [..., sum(sizes)] on rank 0, else [..., sizes[rank]]."""
         return self.tp.gather_last_dim(super().forward(input), self.sizes)
 
 

@@ -15,7 +15,7 @@ _PR_SET_PDEATHSIG = 1
 def start_child(name: str, parent_pid: int) -> None:
     """Name this process for `ps` and make it end when its parent does, however that ends.
 
-    Ctrl-C reaches a whole foreground group; children ignore it, since their parent tells them to stop.
+    Ctrl-C reaches a whole foreground group; children leave it to their parent to stop them.
     """
     setproctitle.setproctitle(f"shardline: {name}")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -35,6 +35,6 @@ def _watch_parent(parent_pid: int) -> None:
 
 
 def pin_to(cpu_ids: tuple[int, ...]) -> None:
-    """Run this process on these cores only; no-op where cores cannot be pinned or none are named."""
+    """Run this process on these cores only, where the system can do that; none: on any."""
     if cpu_ids and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cpu_ids)

@@ -1,4 +1,4 @@
-"""Applies the tensor axis to a one-device model from outside, by the plans that its config publishes.
+"""Applies the tensor axis to a one-device model from outside, by the plan in its config.
 
 Works on a model whose parameters are on the meta device: layers are replaced by narrower ones, and
 for every parameter it is written down which slice of which checkpoint tensor belongs there.
@@ -50,7 +50,7 @@ class TensorSharder:
         return self.model.config
 
     def shard_layers(self, layers: Iterable[int]) -> None:
-        """Split the given decoder layers. Raises UnsupportedModel where the plan does not suffice."""
+        """Split these decoder layers. Raises UnsupportedModel where the plan does not suffice."""
         styles = self._layer_styles()
         for index in layers:
             prefix = f"{self.model.base_model_prefix}.layers.{index}"
@@ -62,6 +62,7 @@ class TensorSharder:
     def shard_embedding(self, path: str) -> None:
         """Split the vocabulary rows of the embedding at `path`."""
         embedding = self.model.get_submodule(path)
+        assert isinstance(embedding, nn.Embedding)
         rows = self._vocab_parts(embedding.num_embeddings)[self.tp.rank]
         self.model.set_submodule(path, VocabParallelEmbedding(embedding, rows, self.tp))
         self.sources[f"{path}.inner.weight"] = ParameterSource(f"{path}.weight", 0, (rows,))
@@ -69,11 +70,12 @@ class TensorSharder:
     def shard_head(self, path: str) -> None:
         """Split the vocabulary rows of the head at `path`."""
         head = self.model.get_submodule(path)
+        assert isinstance(head, nn.Linear)
         parts = self._vocab_parts(head.out_features)
         sizes = [len(part) for part in parts]
         has_bias = head.bias is not None
         gathered = GatheredLinear(head.in_features, sizes, has_bias, self.tp)
-        self.model.set_submodule(path, gathered.to(head.weight.dtype))
+        self.model.set_submodule(path, gathered.to(self.model.dtype))
         for name, _ in gathered.named_parameters():
             source = ParameterSource(f"{path}.{name}", 0, (parts[self.tp.rank],))
             self.sources[f"{path}.{name}"] = source
@@ -91,7 +93,7 @@ class TensorSharder:
         plan = self.config.base_model_tp_plan
         if not plan:
             raise UnsupportedModel(
-                f"{type(self.model).__name__} publishes no tensor-parallel plan; serve it with --tp 1"
+                f"{type(self.model).__name__} publishes no tensor plan; serve it with --tp 1"
             )
         marker = "layers.*."
         for pattern, style in plan.items():
@@ -118,7 +120,7 @@ def find_attention(layer: nn.Module) -> str:
         raise UnsupportedModel(
             f"expected one attention module in {type(layer).__name__}, found {paths or 'none'}"
         )
-    return paths[0]
+    return str(paths[0])
 
 
 @dataclass(slots=True)
@@ -143,26 +145,29 @@ class _LayerSharder:
     def _shard_module(self, path: str, module: nn.Module) -> None:
         style = self._style(path)
         in_attention = path.startswith(f"{self.attention_path}.")
-        if style in _COLUMN_STYLES:
-            ranges = (
-                self._head_rows(path, module, style)
-                if in_attention
-                else self._mlp_rows(path, module)
-            )
-            self._make_column(path, module, ranges)
-        elif style in _ROW_STYLES:
-            self._make_row(path, module, self._columns(module, in_attention))
+        if style in _COLUMN_STYLES | _ROW_STYLES:
+            if not isinstance(module, nn.Linear):
+                raise self._unsupported(f"{path!r} is a {type(module).__name__}, no linear layer")
+            self._shard_linear(path, module, style, in_attention)
         elif in_attention and self._spans_heads(module):
             self._split_norm(path, module)
         elif style is None and max(p.ndim for p in module.parameters()) > 1:
             raise self._unsupported(f"its plan does not cover {path!r}")
+
+    def _shard_linear(self, path: str, module: nn.Linear, style: str, in_attention: bool) -> None:
+        if style in _ROW_STYLES:
+            self._make_row(path, module, self._columns(module, in_attention))
+        elif in_attention:
+            self._make_column(path, module, self._head_rows(path, module, style))
+        else:
+            self._make_column(path, module, self._mlp_rows(path, module))
 
     def _style(self, path: str) -> str | None:
         styles = [style for pattern, style in self.styles.items() if pattern.fullmatch(path)]
         return styles[0] if styles else None
 
     def _head_rows(self, path: str, module: nn.Linear, style: str) -> tuple[range, ...]:
-        """Output rows of this rank, for separate, packed ([q | k | v]) and interleaved projections."""
+        """Output rows of this rank, for separate, packed ([q | k | v]) and interleaved layers."""
         num_query, num_kv, size = self._head_counts()
         query = _scale(self.share.query_heads, size)
         kv = _scale(self.share.kv_heads, size)
@@ -180,7 +185,7 @@ class _LayerSharder:
         if rows == num_kv * size:
             return (kv,)
         raise self._unsupported(
-            f"{path!r} has {rows} rows for {num_query}+2×{num_kv} heads of {size}"
+            f"{path!r} has {rows} rows for {num_query}+2*{num_kv} heads of {size}"
         )
 
     def _mlp_rows(self, path: str, module: nn.Linear) -> tuple[range, ...]:
@@ -196,8 +201,9 @@ class _LayerSharder:
     def _mlp_width(self, path: str) -> int:
         parent = path.rpartition(".")[0]
         for sibling, module in self.layer.get_submodule(parent).named_children():
-            if self._style(f"{parent}.{sibling}") in _ROW_STYLES:
-                return int(module.in_features)
+            is_row = self._style(f"{parent}.{sibling}") in _ROW_STYLES
+            if is_row and isinstance(module, nn.Linear):
+                return module.in_features
         raise self._unsupported(f"no row-parallel layer follows {path!r}")
 
     def _mlp_part(self, width: int) -> range:
@@ -212,27 +218,28 @@ class _LayerSharder:
     def _make_column(self, path: str, module: nn.Linear, ranges: tuple[range, ...]) -> None:
         rows = sum(len(part) for part in ranges)
         narrow = nn.Linear(module.in_features, rows, bias=module.bias is not None, device="meta")
-        self._replace(path, module, narrow)
+        self._replace(path, narrow)
         for name, _ in narrow.named_parameters():
             self._record(f"{path}.{name}", 0, ranges)
 
     def _make_row(self, path: str, module: nn.Linear, columns: range) -> None:
         has_bias = module.bias is not None
         narrow = RowParallelLinear(len(columns), module.out_features, has_bias, self.sharder.tp)
-        self._replace(path, module, narrow)
+        self._replace(path, narrow)
         self._record(f"{path}.weight", 1, (columns,))
 
     def _split_norm(self, path: str, module: nn.Module) -> None:
         eps = getattr(module, "variance_epsilon", None)
-        if eps is None:
+        if not isinstance(eps, float):
             raise self._unsupported(f"{path!r} spans heads and is no RMS norm")
         num_query, _, size = self._head_counts()
-        is_query = module.weight.numel() == num_query * size and not _is_kv(path)
+        full_width = module.get_parameter("weight").numel()
+        is_query = full_width == num_query * size and not _is_kv(path)
         heads = self.share.query_heads if is_query else self.share.kv_heads
         is_owner = is_query or self.share.owns_kv
         rows = _scale(heads, size)
-        norm = HeadSplitRMSNorm(len(rows), module.weight.numel(), eps, is_owner, self.sharder.tp)
-        self._replace(path, module, norm)
+        norm = HeadSplitRMSNorm(len(rows), full_width, eps, is_owner, self.sharder.tp)
+        self._replace(path, norm)
         self._record(f"{path}.weight", 0, (rows,))
 
     def _spans_heads(self, module: nn.Module) -> bool:
@@ -270,8 +277,8 @@ class _LayerSharder:
         for name, _ in attention.named_parameters(recurse=False):
             raise self._unsupported(f"its attention has a parameter {name!r} of its own")
 
-    def _replace(self, path: str, old: nn.Module, new: nn.Module) -> None:
-        self.replacements[path] = new.to(old.weight.dtype)
+    def _replace(self, path: str, new: nn.Module) -> None:
+        self.replacements[path] = new.to(self.sharder.model.dtype)
 
     def _record(self, parameter: str, dim: int, ranges: tuple[range, ...]) -> None:
         name = f"{self.prefix}.{parameter}"

@@ -1,13 +1,13 @@
 """One worker's part of the forward pass: hidden states in, hidden states or logits out."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from shardline_shards.batch import StepBatch
 from shardline_shards.errors import UnsupportedModel
 from shardline_shards.parallel_layers import SkippedLayer
-from shardline_shards.stage_model import StageModel
+from shardline_shards.stage_model import StageModel, decoder_layers
 
 
 class Stage:
@@ -55,33 +55,33 @@ class Stage:
         else:
             inputs["inputs_embeds"] = hidden.unsqueeze(0)
         if self.is_last:
-            output = self._model(**inputs, logits_to_keep=batch.logit_indexes)
-            return output.logits.squeeze(0)
-        return self._base(**inputs).last_hidden_state.squeeze(0)
+            logits: Tensor = self._model(**inputs, logits_to_keep=batch.logit_indexes).logits
+            return logits.squeeze(0)
+        states: Tensor = self._base(**inputs).last_hidden_state
+        return states.squeeze(0)
 
     def _check_prologue(self) -> None:
-        """Hidden states must reach the first layer as they came; some models change embeddings first."""
+        """Hidden states must reach the first layer as they came; some models change them first."""
         probe = torch.linspace(-1, 1, self.hidden_size, dtype=self.dtype, device=self._device)
-        layers, norm_names = self._base.layers, self._names_after_layers()
-        norms = {name: self._base.get_submodule(name) for name in norm_names}
-        self._base.layers = torch.nn.ModuleList(SkippedLayer() for _ in layers)
-        for name in norms:
-            self._base.set_submodule(name, torch.nn.Identity())
+        held = {name: self._base.get_submodule(name) for name in self._names_from_layers()}
+        num_layers = len(decoder_layers(self._model))
+        for name in held:
+            self._base.set_submodule(name, nn.Identity())
+        self._base.set_submodule("layers", nn.ModuleList(SkippedLayer() for _ in range(num_layers)))
         try:
             positions = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
             output = self._base(
                 inputs_embeds=probe.view(1, 1, -1), position_ids=positions, use_cache=False
             )
         finally:
-            self._base.layers = layers
-            for name, norm in norms.items():
-                self._base.set_submodule(name, norm)
+            for name, module in held.items():
+                self._base.set_submodule(name, module)
         if not torch.equal(output.last_hidden_state.flatten(), probe):
             raise UnsupportedModel(
                 f"{type(self._model).__name__} changes hidden states before its first layer, so it "
                 "cannot be cut into stages; serve it with --pp 1"
             )
 
-    def _names_after_layers(self) -> list[str]:
-        names = list(self._model.config.base_model_pp_plan)
-        return names[names.index("layers") + 1 :]
+    def _names_from_layers(self) -> list[str]:
+        names = list(self._model.config.base_model_pp_plan or ())
+        return names[names.index("layers") :]

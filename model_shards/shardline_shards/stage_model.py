@@ -1,6 +1,6 @@
-"""Builds one worker's part of a model: the class from `transformers`, on meta, cut to a stage and split.
+"""Builds one worker's part of a model: the class from `transformers`, cut to a stage and split.
 
-What comes out has parameters on the meta device, buffers on the real one, and a list of what to read.
+What comes out has parameters on meta, buffers on the real device, and a list of what to read.
 """
 
 from dataclasses import dataclass, replace
@@ -39,7 +39,7 @@ class StageModel:
 def load_config(model_path: Path) -> PreTrainedConfig:
     """The config of a model folder. Raises UnsupportedModel for a class `transformers` lacks."""
     try:
-        config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
     except (ValueError, KeyError) as error:
         raise UnsupportedModel(f"{model_path}/config.json: {error}") from error
     model_class(config)
@@ -49,7 +49,7 @@ def load_config(model_path: Path) -> PreTrainedConfig:
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The `transformers` class that the config names."""
     names = config.architectures or ["(none named)"]
-    found = getattr(transformers, names[0], None)
+    found: type[PreTrainedModel] | None = getattr(transformers, names[0], None)
     if found is None or not names[0].endswith("ForCausalLM"):
         raise UnsupportedModel(
             f"config.json names the class {names[0]!r}: Shardline serves the …ForCausalLM classes "
@@ -69,10 +69,10 @@ def build_stage_model(
     """Build the part of the model that belongs to `place`. Raises UnsupportedModel."""
     implementation = adapter.register()
     with torch.device("meta"):
-        model = model_class(config)._from_config(
+        model: PreTrainedModel = model_class(config)._from_config(  # type: ignore[no-untyped-call]
             config, dtype=dtype, attn_implementation=implementation
         )
-    model.eval().requires_grad_(False)
+    model.requires_grad_(False).train(False)
     _check_attention(model)
     all_names = frozenset(model.state_dict())
     _materialize_buffers(model, device)
@@ -96,18 +96,26 @@ def _check_attention(model: PreTrainedModel) -> None:
     kinds = set(getattr(model.config, "layer_types", None) or ()) - _LAYER_TYPES
     if kinds:
         raise UnsupportedModel(f"{name} has layers of a kind that is not served: {sorted(kinds)}")
-    for layer in model.get_submodule(model.base_model_prefix).layers:
+    for layer in decoder_layers(model):
         find_attention(layer)
 
 
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """A model's decoder layers. Raises UnsupportedModel if they are not where plans say."""
+    layers = getattr(model.get_submodule(model.base_model_prefix), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise UnsupportedModel(f"{type(model).__name__} has no list of decoder layers")
+    return layers
+
+
 def _materialize_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Buffers such as rotary frequencies are computed, not loaded: by the model's own initialiser."""
+    """Compute buffers such as rotary frequencies, by the model's own initialiser."""
     for module in model.modules():
         buffers = dict(module.named_buffers(recurse=False))
         for name, buffer in buffers.items():
             setattr(module, name, torch.empty_like(buffer, device=device))
         if buffers:
-            model._init_weights(module)
+            model._init_weights(module)  # type: ignore[no-untyped-call]
 
 
 class _Cut:
@@ -123,22 +131,22 @@ class _Cut:
         self.is_last = is_last
         paths = {module: path for path, module in model.named_modules()}
         self.embedding_path = paths[model.get_input_embeddings()]
-        self.head_path = paths[model.get_output_embeddings()]
+        self.head_path = paths[model.get_output_embeddings()]  # type: ignore[no-untyped-call]
 
     def keep_stage(self) -> None:
         """Remove what other stages hold."""
         if self.is_first and self.is_last:
             return
         self._check_plan()
-        for index in range(len(self.base.layers)):
+        layers = decoder_layers(self.model)
+        for index in range(len(layers)):
             if index not in self.layers:
-                self.base.layers[index] = SkippedLayer()
+                layers[index] = SkippedLayer()
         for path in self._outside_paths():
             self.model.set_submodule(path, nn.Identity())
         if not self.is_first and hasattr(self.base, "embedding_multiplier"):
-            self.base.embedding_multiplier = (
-                1.0  # granite scales whatever it is given as embeddings
-            )
+            # Granite scales whatever it is given as embeddings.
+            setattr(self.base, "embedding_multiplier", 1.0)  # noqa: B010
 
     def _check_plan(self) -> None:
         if "layers" not in (self.model.config.base_model_pp_plan or {}):
@@ -170,7 +178,8 @@ class _Cut:
         split = sources.pop(f"{self.head_path}.weight", ParameterSource(""))
         if self.is_first:
             embedding = self.model.get_submodule(self.embedding_path)
-            head.weight = getattr(embedding, "inner", embedding).weight
+            inner = getattr(embedding, "inner", embedding)
+            head.register_parameter("weight", inner.get_parameter("weight"))
         else:
             sources[f"{self.head_path}.weight"] = replace(
                 split, name=f"{self.embedding_path}.weight"

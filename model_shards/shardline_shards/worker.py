@@ -13,9 +13,9 @@ import msgspec
 import psutil
 import torch
 import zmq
-from shardline_scheduler.plan import PromptLogprobs, SampledToken, StepPlan, StepResult
 from torch import Tensor
 
+from shardline_scheduler.plan import PromptLogprobs, SampledToken, StepPlan, StepResult
 from shardline_shards.attention import KVShape, allocate_kv, select_backend
 from shardline_shards.batch import BatchBuilder, RequestTable, StepBatch
 from shardline_shards.checkpoint import LoadReport, load_dummy, load_weights
@@ -48,9 +48,9 @@ class EngineChannel:
     """The worker's end of the control channel."""
 
     def __init__(self, address: str, rank: int) -> None:
-        self._socket = zmq.Context.instance().socket(zmq.DEALER)
-        self._socket.identity = str(rank).encode()
-        self._socket.linger = 1000
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.IDENTITY, str(rank).encode())
+        self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.connect(address)
 
     def send(self, message: FromWorker) -> None:
@@ -59,7 +59,8 @@ class EngineChannel:
 
     def receive(self) -> ToWorker:
         """Wait for the engine's next message."""
-        return decode_to_worker(self._socket.recv())
+        message: ToWorker = decode_to_worker(self._socket.recv())
+        return message
 
     def close(self) -> None:
         """Send what is queued, then leave."""
@@ -247,7 +248,7 @@ def main() -> None:
 
 
 def _run(worker: Worker) -> int:
-    """Run to the end; returns the exit status: 0 when told to leave, 2 for what the operator can mend."""
+    """Run to the end; returns the exit status: 2 for what the operator can mend."""
     try:
         worker.run()
         return 0

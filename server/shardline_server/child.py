@@ -1,4 +1,4 @@
-"""Starts a child process of ours: configuration in on standard input, logs out on standard error."""
+"""Starts our child processes: configuration comes on standard input, logs go to standard error."""
 
 import os
 import subprocess

@@ -9,9 +9,11 @@ import signal
 import sys
 import time
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import msgspec
 import zmq
+
 from shardline_scheduler import (
     DuplicateRequest,
     FinishReason,
@@ -23,8 +25,6 @@ from shardline_scheduler import (
     SchedulerConfig,
     SchedulerError,
 )
-from shardline_shards.process import start_child
-
 from shardline_server.engine_config import EngineAddress, EngineConfig
 from shardline_server.messages import (
     Abort,
@@ -39,6 +39,7 @@ from shardline_server.messages import (
     ToEngine,
 )
 from shardline_server.worker_group import WorkerFailed, WorkerGroup
+from shardline_shards.process import start_child
 
 logger = logging.getLogger("shardline.engine")
 
@@ -58,10 +59,10 @@ class FrontendChannel:
     """The engine's end of the sockets to its front ends."""
 
     def __init__(self, host: str) -> None:
-        self.socket = zmq.Context.instance().socket(zmq.ROUTER)
-        self.socket.sndhwm = self.socket.rcvhwm = 0
-        port = self.socket.bind_to_random_port(f"tcp://{host}")
-        self.address = f"tcp://{host}:{port}"
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+        self.socket.set_hwm(0)
+        self.socket.bind(f"tcp://{host}:*")
+        self.address: str = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.frontends: set[bytes] = set()
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(ToEngine).decode
@@ -152,7 +153,7 @@ class Engine:
         self._poller.register(self.frontends.socket, zmq.POLLIN)
         self._poller.register(self.workers.socket, zmq.POLLIN)
 
-    def run(self) -> None:
+    def run(self) -> NoReturn:
         """Serve until an exception ends it: WorkerFailed, or Leaving."""
         while True:
             if not self._poller.poll(_IDLE_INTERVAL_MS):
@@ -265,7 +266,7 @@ def _leave(*_: object) -> None:
 
 
 def _serve(engine: Engine) -> int:
-    """Run to the end; returns the exit status: 0 when told to leave, 2 for what the operator can mend."""
+    """Run to the end; returns the exit status: 2 for what the operator can mend."""
     try:
         engine.start()
         engine.run()

@@ -5,13 +5,13 @@ import subprocess
 from pathlib import Path
 
 import msgspec
-from shardline_shards.layout import ParallelLayout, check_stages, even_stages
 
 from shardline_server.child import start_child_process, stop_child_processes
 from shardline_server.engine_config import EngineAddress, EngineConfig
 from shardline_server.errors import ConfigError
 from shardline_server.model_facts import ModelFacts, read_model_facts
 from shardline_server.settings import ServeSettings
+from shardline_shards.layout import ParallelLayout, check_stages, even_stages
 
 
 def plan_layout(settings: ServeSettings, facts: ModelFacts) -> ParallelLayout:
@@ -64,7 +64,7 @@ def plan_engine(settings: ServeSettings, model_path: Path) -> EngineConfig:
 
 
 def _choose_device(wanted: str, num_workers: int) -> str:
-    """`auto` takes CUDA where the driver shows a GPU for every worker; asking torch takes seconds."""
+    """`auto` takes CUDA if the driver shows a GPU for every worker; torch would take seconds."""
     num_gpus = len([path for path in Path("/dev").glob("nvidia*") if path.name[6:].isdigit()])
     if wanted == "auto":
         return "cuda" if num_gpus >= num_workers else "cpu"

@@ -6,13 +6,12 @@ import signal
 import sys
 from pathlib import Path
 
-from shardline_shards.sources import resolve_model
-
 from shardline_server.child import describe_exit
 from shardline_server.engine_launch import EngineProcess, plan_engine
 from shardline_server.errors import ConfigError, EngineUnavailable
 from shardline_server.frontend import Addresses, Frontend, FrontendConfig
 from shardline_server.settings import ServeSettings
+from shardline_shards.sources import resolve_model
 
 logger = logging.getLogger("shardline")
 
@@ -94,8 +93,9 @@ Shardline serves {name}: {settings.pp} stages x {settings.tp} shards
   curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key_header} \\
     -d '{{"model": "{name}", "messages": [{{"role": "user", "content": "What is a pipeline?"}}]}}'
 
-  {sys.executable} -c "import grpc; from shardline_server.protos.shardline.v1 import generation_pb2 \
-as pb, generation_pb2_grpc as rpc; stub = rpc.GenerationStub(grpc.insecure_channel('{target}')); \
+  {sys.executable} -c "import grpc; from shardline_server.protos.shardline.v1 import \
+generation_pb2 as pb, generation_pb2_grpc as rpc; \
+stub = rpc.GenerationStub(grpc.insecure_channel('{target}')); \
 print(stub.Generate(pb.GenerateRequest(text='The capital of France is'){metadata}))"
 """
 

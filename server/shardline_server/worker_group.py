@@ -7,7 +7,15 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 import zmq
+
 from shardline_scheduler.plan import StepPlan, StepResult
+from shardline_server.child import (
+    describe_exit,
+    start_child_process,
+    stop_child_processes,
+    was_killed,
+)
+from shardline_server.engine_config import EngineConfig
 from shardline_shards.layout import Place, deal
 from shardline_shards.messages import (
     Allocate,
@@ -23,14 +31,6 @@ from shardline_shards.messages import (
     decode_from_worker,
     encode,
 )
-
-from shardline_server.child import (
-    describe_exit,
-    start_child_process,
-    stop_child_processes,
-    was_killed,
-)
-from shardline_server.engine_config import EngineConfig
 
 logger = logging.getLogger("shardline.engine")
 
@@ -55,10 +55,10 @@ class WorkerGroup:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        self.socket = zmq.Context.instance().socket(zmq.ROUTER)
-        self.socket.sndhwm = self.socket.rcvhwm = 0
-        port = self.socket.bind_to_random_port(f"tcp://{config.host}")
-        self._address = f"tcp://{config.host}:{port}"
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+        self.socket.set_hwm(0)
+        self.socket.bind(f"tcp://{config.host}:*")
+        self._address: str = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._processes: dict[Place, subprocess.Popen[bytes]] = {}
 
     def start(self) -> int:
@@ -185,7 +185,7 @@ class WorkerGroup:
         return messages
 
     def _receive(self) -> FromWorker:
-        message = decode_from_worker(self.socket.recv_multipart()[1])
+        message: FromWorker = decode_from_worker(self.socket.recv_multipart()[1])
         if isinstance(message, Failed):
             raise self._explain(message)
         return message

@@ -1,4 +1,4 @@
-"""The engine with real workers in every layout: what comes out is what one model alone would say."""
+"""The engine with real workers in every layout says what one model alone would say."""
 
 import random
 from collections.abc import Iterator
@@ -6,12 +6,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from shardline_scheduler.plan import SamplingParams
-from shardline_shards.layout import ParallelLayout
-
 from tests.engine_process import EngineConnection, EngineDied, running_engine
 from tests.oracle import generate_greedily, load_oracle
 from tests.tiny import VOCAB_SIZE, save_tiny
+
+from shardline_scheduler.plan import SamplingParams
+from shardline_shards.layout import ParallelLayout
 
 LAYOUTS = {
     "1x1": ParallelLayout(tp=1, stage_layers=(3,)),

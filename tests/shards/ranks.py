@@ -1,4 +1,4 @@
-"""Four rank processes that stay up for a test session: real process groups without start-up costs."""
+"""Four rank processes that stay up for a session: real process groups, no start-up costs."""
 
 import multiprocessing
 from collections.abc import Callable

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from shardline_shards.checkpoint import INDEX_NAME, load_weights
 from shardline_shards.collectives import SingleRank
 from shardline_shards.errors import LoadError, UnsupportedModel
 from shardline_shards.layout import ParallelLayout, Place
 from shardline_shards.stage_model import build_stage_model, load_config
-
 from tests.tiny import save_tiny
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ def test_a_base_models_names_load(folder: Path) -> None:
 def test_missing_shard_file(folder: Path) -> None:
     shard_in_two(folder)
     (folder / "part-1.safetensors").unlink()
-    with pytest.raises(LoadError, match="names part-1.safetensors, which is not there"):
+    with pytest.raises(LoadError, match=r"names part-1\.safetensors, which is not there"):
         load(folder)
 
 

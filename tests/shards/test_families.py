@@ -1,10 +1,12 @@
-"""Every family, split in every way, against `transformers` itself: same logits, same greedy tokens."""
+"""Every family, split in every way, against `transformers`: same logits, same greedy tokens."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from tests.shards.ranks import HOST, RankPool
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
 from shardline_scheduler.plan import NewRequest, SamplingParams, ScheduledRequest, StepPlan
 from shardline_shards.attention import KVShape, allocate_kv, select_backend
 from shardline_shards.batch import BatchBuilder, RequestTable
@@ -13,9 +15,7 @@ from shardline_shards.distributed import Communicators
 from shardline_shards.layout import ParallelLayout, deal_heads
 from shardline_shards.stage import Stage
 from shardline_shards.stage_model import build_stage_model, load_config
-from torch import Tensor
-from transformers import AutoModelForCausalLM
-
+from tests.shards.ranks import HOST, RankPool
 from tests.tiny import FAMILIES, VOCAB_SIZE, save_tiny
 
 BLOCK_SIZE = 4
@@ -37,7 +37,7 @@ def family_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
 
 @pytest.fixture(scope="module")
 def greedy(family_folder: Path) -> list[tuple[list[int], Tensor]]:
-    """For each prompt: the tokens that transformers generates greedily, and logits at each of them."""
+    """For each prompt, what transformers generates greedily, and the logits at each token."""
     model = AutoModelForCausalLM.from_pretrained(family_folder, attn_implementation="eager")
     generator = torch.Generator().manual_seed(1)
     sequences = []

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
 from shardline_shards.collectives import SingleRank
 from shardline_shards.errors import UnsupportedModel
 from shardline_shards.layout import ParallelLayout, Place
 from shardline_shards.stage import Stage
 from shardline_shards.stage_model import build_stage_model
-from torch import nn
-from transformers import CONFIG_MAPPING, PreTrainedConfig
-
 from tests.tiny import COMMON, FAMILIES
 
 CPU = torch.device("cpu")
