@@ -119,15 +119,25 @@ def test_logprobs_of_a_chat_answer(http):
 def test_a_stop_string_ends_the_request_in_the_engine(http, peer, tokenizer):
     token_ids = tokenizer.encode("the quick brown fox").ids
     peer.script = lambda submit: [delta(submit.request_id, 0, token_ids)]
-    body = {"prompt": "x", "stop": ["ick br"], "max_tokens": 40}
+    body = {"prompt": "x", "stop": ["ick br"], "max_tokens": 40, "return_token_ids": True}
     answer = http.post("/v1/completions", json=body).json()
     [choice] = answer["choices"]
     assert (choice["text"], choice["finish_reason"]) == ("the qu", "stop")
     assert choice["stop_reason"] == "ick br"
     num_taken = answer["usage"]["completion_tokens"]
+    assert choice["token_ids"] == token_ids[:num_taken]
     assert "ick br" in tokenizer.decode(token_ids[:num_taken])
     assert "ick br" not in tokenizer.decode(token_ids[: num_taken - 1])
     assert peer.next_abort() == peer.next_submit().request_id
+
+
+def test_a_stop_string_counts_from_min_tokens_on(http):
+    body = {"prompt": "the fox", "stop": "the", "max_tokens": 8}
+    texts = [
+        http.post("/v1/completions", json=body | {"min_tokens": num}).json()["choices"][0]["text"]
+        for num in (0, 1, 2, 3, 4)
+    ]
+    assert texts == ["", "", "the fox", "the fox", "the foxthe fox"]
 
 
 def test_stop_tokens_are_not_part_of_the_text(http, tokenizer):
