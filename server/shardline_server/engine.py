@@ -4,6 +4,7 @@ Started as `python -m shardline_server.engine` with an `EngineConfig` as JSON on
 first and only line on standard output is an `EngineAddress`. It handles integers, never a tensor.
 """
 
+import gc
 import logging
 import signal
 import sys
@@ -124,6 +125,7 @@ class Engine:
         self._names = RequestNames()
         self._news: dict[bytes, list[Delta]] = {}
         self._has_news = False
+        self._is_idle_and_checked = False
 
     def start(self) -> None:
         """Bring the workers up and tell the front ends. Raises WorkerFailed."""
@@ -152,6 +154,7 @@ class Engine:
         self._poller = zmq.Poller()
         self._poller.register(self.frontends.socket, zmq.POLLIN)
         self._poller.register(self.workers.socket, zmq.POLLIN)
+        _calm_garbage_collector()
 
     def run(self) -> NoReturn:
         """Serve until an exception ends it: WorkerFailed, or Leaving."""
@@ -172,8 +175,9 @@ class Engine:
     def _look_around(self) -> None:
         """Nothing has come for a while: are all workers alive, and is every block accounted for?"""
         self.workers.check()
-        if not self.scheduler.has_work:
+        if not self.scheduler.has_work and not self._is_idle_and_checked:
             self.scheduler.check()
+            self._is_idle_and_checked = True
 
     def _read_inbox(self) -> None:
         while (received := self.frontends.receive()) is not None:
@@ -182,6 +186,7 @@ class Engine:
                 case Hello():
                     self.frontends.send(frontend, self._ready)
                 case Submit():
+                    self._is_idle_and_checked = False
                     self._admit(frontend, message)
                 case Abort():
                     self._abort(frontend, message.request_id)
@@ -259,6 +264,14 @@ def main() -> None:
     address = EngineAddress(engine.frontends.address)
     print(msgspec.json.encode(address).decode(), flush=True)
     sys.exit(_serve(engine))
+
+
+def _calm_garbage_collector() -> None:
+    """Thousands of live requests make full collections slow: measured, 6.1 µs a request and step
+    became 1.6 with these thresholds. What exists by now stays anyway.
+    """
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 def _leave(*_: object) -> None:
