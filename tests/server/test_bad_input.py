@@ -4,6 +4,7 @@ import json
 
 import grpc
 import pytest
+
 from shardline_server.protos.shardline.v1 import generation_pb2 as pb
 
 CASES = {
@@ -19,7 +20,12 @@ CASES = {
     "temperature": ({"temperature": -1.0}, 400, "temperature", "greater than or equal to 0"),
     "not a number": ({"top_p": float("nan")}, 400, "top_p", "nan"),
     "too many choices": ({"n": 200}, 400, "n", "less than or equal to 128"),
-    "too few tokens": ({"min_tokens": 9, "max_tokens": 3}, 400, "min_tokens", "more than max_tokens"),
+    "too few tokens": (
+        {"min_tokens": 9, "max_tokens": 3},
+        400,
+        "min_tokens",
+        "more than max_tokens",
+    ),
 }
 CODES = {404: grpc.StatusCode.NOT_FOUND, 400: grpc.StatusCode.INVALID_ARGUMENT}
 

@@ -10,8 +10,10 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from shardline_server.api_keys import ApiKeys
 from shardline_server.generation import GenerationService
 from shardline_server.http_api.errors import install_error_handlers
-from shardline_server.http_api.openai_routes import openai_router
+from shardline_server.http_api.generation_routes import generation_router
+from shardline_server.http_api.model_routes import model_router
 from shardline_server.http_api.operator_routes import operator_router
+from shardline_server.http_api.responses import ErrorResponse
 
 
 def create_app(service: GenerationService, *, api_keys: Sequence[str] = ()) -> FastAPI:
@@ -33,5 +35,10 @@ def create_app(service: GenerationService, *, api_keys: Sequence[str] = ()) -> F
     )
     install_error_handlers(app)
     app.include_router(operator_router(service))
-    app.include_router(openai_router(service), dependencies=[Depends(require_key)])
+    for router in (generation_router(service), model_router(service)):
+        app.include_router(
+            router,
+            dependencies=[Depends(require_key)],
+            responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
+        )
     return app
