@@ -121,7 +121,7 @@ def test_cancelling_or_outliving_a_unary_call_aborts_the_request(stub, peer):
     submitted = peer.next_submit().request_id
     call.cancel()
     assert peer.next_abort() == submitted
-    error = refused(lambda: stub.Generate(request(), timeout=0.2))
+    error = refused(lambda: stub.Generate(request(), timeout=1.0))
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert peer.next_abort() == peer.next_submit().request_id
 
