@@ -47,7 +47,7 @@ def plan_engine(settings: ServeSettings, model_path: Path) -> EngineConfig:
         load_format=settings.load_format,
         layout=layout,
         dtype=auto_dtype if settings.dtype == "auto" else settings.dtype,
-        device=_choose_device(settings.device, layout.world_size),
+        device=choose_device(settings.device, layout.world_size),
         seed=settings.seed,
         vocab_size=facts.vocab_size,
         max_model_len=settings.max_model_len or facts.max_model_len,
@@ -63,7 +63,7 @@ def plan_engine(settings: ServeSettings, model_path: Path) -> EngineConfig:
     )
 
 
-def _choose_device(wanted: str, num_workers: int) -> str:
+def choose_device(wanted: str, num_workers: int) -> str:
     """`auto` takes CUDA if the driver shows a GPU for every worker; torch would take seconds."""
     num_gpus = len([path for path in Path("/dev").glob("nvidia*") if path.name[6:].isdigit()])
     if wanted == "auto":

@@ -1,0 +1,179 @@
+"""`shardline serve` as a process: how it starts, how it refuses to, and what it leaves behind."""
+
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from shardline_server.errors import ConfigError
+from shardline_server.model_facts import read_model_facts
+
+WEIGHTS = "model.safetensors"
+FREE_PORTS = ("--port", "0", "--grpc-port", "0")
+
+
+def start(model: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "shardline_server", "serve", str(model), *FREE_PORTS, *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def read_url(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if match := re.search(r"http://[\d.:]+", line):
+            return match[0]
+    raise AssertionError(f"no URL, but: {process.communicate()[1]}")
+
+
+def refusal(model: Path, *options: str) -> str:
+    """The last line of a start that fails; it has status 2, and nothing else is left running."""
+    process = start(model, *options)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors
+    return errors.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def copied(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model, to be damaged."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "copy"))
+
+
+@pytest.fixture
+def serving(tiny_model: Path) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process], str]]:
+    """A server with two stages, its processes, and its URL."""
+    process = start(tiny_model, "--pp", "2", "--dtype", "float32")
+    url = read_url(process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    yield process, children, url
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_everything_with_status_0(serving, number: signal.Signals) -> None:
+    process, children, url = serving
+    assert [name for name in map(process_name, children) if "shardline" in name] == [
+        "shardline: engine",
+        "shardline: worker stage=0 tp=0",
+        "shardline: worker stage=1 tp=0",
+    ]
+    body = {"prompt": [5, 6, 7], "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as response:
+        lines = response.iter_lines()
+        next(lines)
+        process.send_signal(number)
+        last = [line for line in lines if line][-1]
+    assert last == "data: [DONE]" or '"error"' in last
+    assert process.wait(timeout=20) == 0
+    gone, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+    assert len(gone) == 3
+
+
+def process_name(process: psutil.Process) -> str:
+    return " ".join(process.cmdline()).strip()
+
+
+def test_nothing_outlives_a_killed_server(serving) -> None:
+    process, children, _ = serving
+    process.kill()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+
+
+def test_a_killed_engine_is_told_and_its_workers_go(serving) -> None:
+    _, children, url = serving
+    engine, *workers = children
+    engine.kill()
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive
+    response = httpx.post(f"{url}/v1/completions", json={"prompt": [5]}, timeout=30)
+    assert response.status_code == 503
+    health = httpx.get(f"{url}/health", timeout=30)
+    assert health.status_code == 503
+    assert "signal 9" in health.text
+
+
+def test_more_stages_than_layers(tiny_model: Path) -> None:
+    assert "--pp 4 is more than the model's 3 layers" in refusal(tiny_model, "--pp", "4")
+
+
+def test_more_shards_than_heads(tiny_model: Path) -> None:
+    assert "--tp 7 is more than the model's 6 query heads" in refusal(tiny_model, "--tp", "7")
+
+
+def test_stages_that_do_not_add_up(tiny_model: Path) -> None:
+    line = refusal(tiny_model, "--pp", "2", "--stage-layers", "1,1")
+    assert "1 + 1 = 2 layers, but the model has 3" in line
+
+
+def test_longer_than_the_model_was_made_for(tiny_model: Path) -> None:
+    assert "more than the 512 tokens" in refusal(tiny_model, "--max-model-len", "9999")
+
+
+def test_too_little_kv_memory(tiny_model: Path) -> None:
+    line = refusal(tiny_model, "--kv-memory", "1KiB")
+    assert "room for 0 blocks" in line
+    assert "--kv-memory" in line
+
+
+def test_no_gpu(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "glob", lambda *_: iter(()))
+    from shardline_server.engine_launch import choose_device
+
+    assert choose_device("auto", 1) == "cpu"
+    with pytest.raises(ConfigError, match="2 workers need a GPU each, this host has 0"):
+        choose_device("cuda", 2)
+
+
+@pytest.mark.parametrize("option", ["--port", "--grpc-port"])
+def test_a_port_in_use(tiny_model: Path, option: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        line = refusal(tiny_model, option, port)
+    assert f"127.0.0.1:{port}" in line
+    assert "another port" in line
+
+
+def test_a_truncated_file(copied: Path) -> None:
+    content = (copied / WEIGHTS).read_bytes()
+    (copied / WEIGHTS).write_bytes(content[: len(content) // 2])
+    assert WEIGHTS in refusal(copied)
+
+
+def test_a_missing_shard_file(copied: Path) -> None:
+    (copied / WEIGHTS).unlink()
+    index = {"weight_map": {"model.norm.weight": "part-1.safetensors"}}
+    (copied / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    assert "part-1.safetensors" in refusal(copied)
+
+
+def test_a_missing_tensor_is_found_by_the_worker(copied: Path) -> None:
+    edit_config(copied, num_hidden_layers=4)
+    assert "has no tensor 'model.layers.3." in refusal(copied)
+
+
+def test_an_unknown_class(copied: Path) -> None:
+    edit_config(copied, architectures=["UnheardOfForCausalLM"])
+    assert "'UnheardOfForCausalLM'" in refusal(copied)
+
+
+def test_a_config_without_the_numbers(copied: Path) -> None:
+    edit_config(copied, num_hidden_layers=None)
+    with pytest.raises(ConfigError, match="does not say num_hidden_layers"):
+        read_model_facts(copied)
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
