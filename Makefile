@@ -64,6 +64,8 @@ format: setup  ## format the code and mend what the linter can
 
 protos: setup  ## generate the gRPC stubs from the .proto files
 	$(BIN)/python -m shardline_server.protos.build
+	$(BIN)/python -c "from pathlib import Path; from shardline_server.protos.build import build; \
+	  build(Path('clients/shardline_client/protos'), 'shardline_client.protos')"
 
 clean:  ## remove the environment, builds and tool caches (not the model cache)
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

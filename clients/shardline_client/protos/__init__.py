@@ -1,0 +1,1 @@
+"""Generated from the server's .proto files by `make protos`; never edited."""
