@@ -43,8 +43,8 @@ def filter_tokens(scores: Tensor, rows: Sequence[SampleRow]) -> Candidates:
     found = _gather(scores, probabilities, probabilities >= _floors(probabilities, rows))
     top_k = [row.sampling.top_k or scores.shape[-1] for row in rows]
     if min(top_k) < scores.shape[-1]:
-        is_token = (found.scores > float("-inf")).double()
-        _drop_but(found, keep_prefix(found.scores, is_token, _column(is_token, top_k)))
+        ones = torch.ones_like(found.weights)
+        _drop_but(found, keep_prefix(found.scores, ones, _column(ones, top_k)))
     top_p = [row.sampling.top_p for row in rows]
     if min(top_p) < 1:
         left = found.weights.sum(-1, keepdim=True)

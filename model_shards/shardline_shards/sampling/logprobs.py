@@ -17,10 +17,11 @@ def token_logprobs(
     `logits` [rows, vocab] of any float dtype; the log-softmax is taken in fp32.
     """
     raw = logits.float()
-    normalizer = raw.logsumexp(-1, keepdim=True)
-    chosen = (raw.gather(1, token_ids[:, None]) - normalizer).squeeze(1).tolist()
+    best = raw.amax(-1, keepdim=True)  # subtracted first: a logprob near 0 keeps its digits
+    log_total = (raw - best).exp_().sum(-1, keepdim=True).log_()
+    chosen = (raw.gather(1, token_ids[:, None]) - best - log_total).squeeze(1).tolist()
     values, ids = raw.topk(min(max(num_top), raw.shape[-1]))
-    tops = zip((values - normalizer).tolist(), ids.tolist(), strict=True)
+    tops = zip((values - best - log_total).tolist(), ids.tolist(), strict=True)
     return [
         TokenLogprobs(token, logprob, _ranked(top_values[:count], top_ids[:count]))
         for token, logprob, count, (top_values, top_ids) in zip(

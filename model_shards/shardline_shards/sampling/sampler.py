@@ -1,5 +1,6 @@
 """Draws the next token of every row of a batch of logits, in one pass over the batch."""
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,6 +12,8 @@ from shardline_shards.sampling.logprobs import token_logprobs
 from shardline_shards.sampling.noise import uniform
 from shardline_shards.sampling.penalties import adjust_logits
 from shardline_shards.sampling.rows import SampleRow
+
+logger = logging.getLogger(__name__)
 
 _LOWEST_TEMPERATURE = 1e-5
 _BLOCK = 256
@@ -36,12 +39,23 @@ def _choose(scores: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """Token ids int64 [rows]; each way of choosing does all its rows at once."""
     chosen = torch.empty(len(rows), dtype=torch.long, device=scores.device)
     concerned: dict[_Way, list[int]] = {}
-    for index, row in enumerate(rows):
-        concerned.setdefault(_way(row), []).append(index)
+    for index, way in enumerate(_ways(scores, rows)):
+        concerned.setdefault(way, []).append(index)
     for way, indexes in concerned.items():
         part = scores if len(indexes) == len(rows) else scores[indexes]
         chosen[indexes] = way(part, [rows[i] for i in indexes])
     return chosen
+
+
+def _ways(scores: Tensor, rows: Sequence[SampleRow]) -> list[_Way]:
+    ways = [_way(row) for row in rows]
+    if all(way is _take_best for way in ways):
+        return ways
+    # One request's overflow must not end the worker: there is no distribution to draw from.
+    is_sound = scores.amax(-1).isfinite().tolist()
+    if not all(is_sound):
+        logger.error("the model's logits are not finite; a wider --dtype may help")
+    return [way if sound else _take_best for way, sound in zip(ways, is_sound, strict=True)]
 
 
 def _way(row: SampleRow) -> _Way:
