@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from shardline_client import command_line as client_commands
 from shardline_server.errors import ConfigError
 from shardline_server.options import GroupedCommand, given_settings, settings_parameters
 from shardline_server.settings import load_settings
@@ -55,6 +56,10 @@ main.add_command(
         short_help="Serve a model over HTTP and gRPC.",
     )
 )
+
+
+for _command in (client_commands.chat, client_commands.complete, client_commands.bench):
+    main.add_command(_command)
 
 
 @main.command()

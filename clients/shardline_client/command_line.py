@@ -1,0 +1,183 @@
+"""`chat`, `complete` and `bench`: options and errors; what they do is imported when one runs.
+
+They are sub-commands of `shardline`, and of `shardline-client` where the client is installed alone.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from shardline_client.settings import ClientOptions
+
+Decorator = Callable[[Any], Any]
+
+_PATH = click.Path(dir_okay=False, path_type=Path)
+_URL = "URL is http://HOST:PORT or grpc://HOST:PORT; https:// and grpcs:// for TLS."
+_CONNECTION: tuple[Decorator, ...] = (
+    click.argument("url"),
+    click.option("--model", help="[default: the server's first model]"),
+    click.option("--api-key", envvar="SHARDLINE_API_KEY", show_envvar=True),
+    click.option("--timeout", "timeout_s", type=float, default=600.0, help="seconds, to the end"),
+    click.option("--ca-file", type=_PATH, help="PEM authorities to trust instead of the system's"),
+    click.option("--cert-file", type=_PATH, help="PEM certificate to show"),
+    click.option("--key-file", type=_PATH, help="its private key"),
+)
+_SAMPLING: tuple[Decorator, ...] = (
+    click.option("--max-tokens", type=int),
+    click.option("--temperature", type=float, help="0 is greedy"),
+    click.option("--top-p", type=float),
+    click.option("--top-k", type=int),
+    click.option("--min-p", type=float),
+    click.option("--seed", type=int),
+    click.option("--stop", multiple=True, help="text that ends the answer; may be repeated"),
+    click.option("--presence-penalty", type=float),
+    click.option("--frequency-penalty", type=float),
+    click.option("--repetition-penalty", type=float),
+)
+
+
+class _Lengths(click.ParamType[tuple[int, int]]):
+    name = "N|LOW:HIGH"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        low, _, high = str(value).partition(":")
+        try:
+            lengths = int(low), int(high or low)
+        except ValueError:
+            self.fail(f"{value!r} is not a number such as 256, nor a range such as 128:512.")
+        if not 1 <= lengths[0] <= lengths[1]:
+            self.fail(f"{value!r}: 1 <= LOW <= HIGH must hold.")
+        return lengths
+
+
+def _with(decorators: tuple[Decorator, ...]) -> Decorator:
+    def decorate(command: Any) -> Any:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def main() -> None:
+    """Talk to a model server, and measure it."""
+
+
+@main.command(epilog=_URL)
+@_with(_CONNECTION)
+@click.option("--system", help="the system prompt")
+@_with(_SAMPLING)
+def chat(url: str, system: str | None, **values: Any) -> None:
+    """Talk to the model at URL. Ctrl-C stops an answer, Ctrl-D or /exit ends."""
+    from shardline_client.chat import Conversation, make_view
+
+    with _one_line_errors():
+        from shardline_client.connect import connect
+
+        with connect(url, **_connection(values)) as client:
+            Conversation(client, make_view(), system=system, sampling=_sampling(values)).run()
+
+
+@main.command(epilog=_URL)
+@_with(_CONNECTION)
+@click.argument("text", required=False)
+@_with(_SAMPLING)
+def complete(url: str, text: str | None, **values: Any) -> None:
+    """Continue TEXT (or what stdin holds, as it is) and write nothing but the continuation."""
+    prompt = sys.stdin.read() if text is None or text == "-" else text
+    with _one_line_errors():
+        from shardline_client.connect import connect
+
+        with (
+            connect(url, **_connection(values)) as client,
+            client.stream_complete(prompt, **_sampling(values)) as stream,
+        ):
+            for piece in stream:
+                print(piece.text, end="", flush=True)
+        if sys.stdout.isatty():
+            print()
+        if (reason := stream.completion.finish_reason) not in ("stop", "length"):
+            raise click.ClickException(f"The answer is not complete; it ended with {reason!r}.")
+
+
+@main.command(epilog=_URL)
+@_with(_CONNECTION)
+@click.option("--concurrency", type=click.IntRange(1), help="so many at a time  [default: 1]")
+@click.option(
+    "--rate",
+    type=click.FloatRange(0, min_open=True),
+    help="instead: new requests per second, at random (Poisson), however many are under way",
+)
+@click.option("--num-requests", type=click.IntRange(1), help="[default: 100 without --duration]")
+@click.option(
+    "--duration",
+    "duration_s",
+    type=click.FloatRange(0, min_open=True),
+    help="begin no request after so many seconds",
+)
+@click.option("--prompt-tokens", type=_Lengths(), default="256", show_default=True)
+@click.option("--output-tokens", type=_Lengths(), default="128", show_default=True)
+@click.option("--seed", type=int, help="of prompts, lengths and arrivals  [default: a new one]")
+@click.option("--temperature", type=float, default=0.0)
+@click.option("--chat", "is_chat", is_flag=True, help="send chat messages instead of prompts")
+@click.option(
+    "--ignore-eos/--no-ignore-eos",
+    default=None,
+    help="not to end before --output-tokens  [default: on if the server is Shardline]",
+)
+@click.option("--json", "json_file", type=_PATH, help="write all figures and requests there")
+@click.option("--png", "png_file", type=_PATH, help="write a chart there (needs matplotlib)")
+def bench(url: str, **values: Any) -> None:
+    """Load the server at URL and tell how fast it answered.
+
+    Any server with OpenAI's /v1/completions (or, with --chat, /v1/chat/completions) will do.
+    """
+    from shardline_client.bench.command import run
+    from shardline_client.bench.options import BenchOptions
+
+    with _one_line_errors():
+        connection = _connection(values)
+        files = values.pop("json_file"), values.pop("png_file")
+        given = {name: value for name, value in values.items() if value is not None}
+        status = run(url, connection, BenchOptions(**given), *files)
+    click.get_current_context().exit(status)
+
+
+def _connection(values: dict[str, Any]) -> "ClientOptions":
+    """Takes the options of a client out of all values."""
+    from shardline_client.settings import Tls
+
+    files = {name: values.pop(name) for name in ("ca_file", "cert_file", "key_file")}
+    return {
+        "model": values.pop("model"),
+        "api_key": values.pop("api_key"),
+        "timeout_s": values.pop("timeout_s"),
+        "tls": Tls(**files) if any(files.values()) else None,
+    }
+
+
+def _sampling(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value not in (None, ())}
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """What went wrong in one line on stderr: status 1, or 2 where the command line is wrong."""
+    from shardline_client.errors import ClientError
+
+    try:
+        yield
+    except ClientError as error:
+        raise click.ClickException(" ".join(error.message.split())) from error
+    except BrokenPipeError:
+        raise  # click knows that the reader has had enough
+    except (ValueError, OSError) as error:
+        raise click.UsageError(str(error)) from error
