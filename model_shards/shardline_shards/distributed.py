@@ -1,6 +1,7 @@
 """Process groups: the store they meet at, one group a stage, the links between stages."""
 
 import os
+import socket
 from collections import deque
 from datetime import timedelta
 
@@ -17,9 +18,19 @@ _FORM_TIMEOUT = timedelta(minutes=5)
 
 
 def host_store(host: str, world_size: int) -> TCPStore:
-    """A store on a port that the system chooses; `store.port` tells it to the others."""
+    """A store on a port that the system chooses; `store.port` tells it to the others.
+
+    It gets a socket that is bound to `host`; left to itself it would listen at every address.
+    """
+    listener = socket.create_server((host, 0))
     return TCPStore(
-        host, 0, world_size, is_master=True, wait_for_workers=False, timeout=_FORM_TIMEOUT
+        host,
+        listener.getsockname()[1],
+        world_size,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=_FORM_TIMEOUT,
+        master_listen_fd=listener.detach(),
     )
 
 

@@ -16,12 +16,11 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
 
     `engine_address` is a ZMQ address. `host` is this worker's own address, where its tensors are
     received. `kv_memory_bytes` is the most that KV memory may take on this worker (None: its part
-    of what is free), `max_kv_blocks` the most that the engine has use for. `cpu_ids` pins the
-    worker's `num_threads` threads (empty: not pinned).
+    of what is free), `max_kv_blocks` the most that the engine has use for. The last four are set
+    by whoever starts the process; `cpu_ids` pins its `num_threads` threads (empty: not pinned).
     """
 
     engine_address: str
-    parent_pid: int
     host: str
     layout: ParallelLayout
     place: Place
@@ -32,12 +31,12 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     seed: int
     block_size: int
     kv_memory_bytes: int | None
-    free_memory_share: float
     max_kv_blocks: int
-    max_num_batched_tokens: int
-    num_threads: int
-    cpu_ids: tuple[int, ...]
     log_level: str
+    parent_pid: int = 0
+    free_memory_share: float = 0.0
+    num_threads: int = 1
+    cpu_ids: tuple[int, ...] = ()
 
 
 class Joined(Struct, frozen=True, array_like=True, tag=True):

@@ -44,7 +44,7 @@ from shardline_shards.process import start_child
 
 logger = logging.getLogger("shardline.engine")
 
-_IDLE_INTERVAL_MS = 500
+_LOOK_INTERVAL_S = 0.5
 _ERROR_CODES: dict[type[SchedulerError], str] = {
     QueueFull: "QueueFull",
     RequestTooLong: "PromptTooLong",
@@ -158,9 +158,12 @@ class Engine:
 
     def run(self) -> NoReturn:
         """Serve until an exception ends it: WorkerFailed, or Leaving."""
+        next_look = 0.0
         while True:
-            if not self._poller.poll(_IDLE_INTERVAL_MS):
+            self._poller.poll(int(_LOOK_INTERVAL_S * 1000))
+            if (now := time.monotonic()) >= next_look:
                 self._look_around()
+                next_look = now + _LOOK_INTERVAL_S
             self._read_inbox()
             self._commit()
             self._plan()
@@ -173,7 +176,7 @@ class Engine:
         self.frontends.send_all(EngineFailed(reason))
 
     def _look_around(self) -> None:
-        """Nothing has come for a while: are all workers alive, and is every block accounted for?"""
+        """Now and then: are all workers alive, and is every block accounted for when idle?"""
         self.workers.check()
         if not self.scheduler.has_work and not self._is_idle_and_checked:
             self.scheduler.check()

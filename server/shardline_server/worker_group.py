@@ -1,22 +1,15 @@
 """The engine's workers: started, brought together, fed with plans, watched."""
 
 import logging
-import os
-import subprocess
 from collections.abc import Iterator
 from typing import TypeVar
 
 import zmq
 
 from shardline_scheduler.plan import StepPlan, StepResult
-from shardline_server.child import (
-    describe_exit,
-    start_child_process,
-    stop_child_processes,
-    was_killed,
-)
 from shardline_server.engine_config import EngineConfig
-from shardline_shards.layout import Place, deal
+from shardline_server.local_workers import LocalWorkers
+from shardline_shards.layout import Place
 from shardline_shards.messages import (
     Allocate,
     Failed,
@@ -38,8 +31,6 @@ _Message = TypeVar("_Message", Joined, Loaded, Ready)
 
 _CHECK_INTERVAL_MS = 200
 _DEATH_TAKES_S = 0.3
-_CPU_MEMORY_SHARE = 0.5
-_CUDA_MEMORY_SHARE = 0.9
 
 
 class WorkerFailed(Exception):
@@ -59,7 +50,7 @@ class WorkerGroup:
         self.socket.set_hwm(0)
         self.socket.bind(f"tcp://{config.host}:*")
         self._address: str = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._processes: dict[Place, subprocess.Popen[bytes]] = {}
+        self._local = LocalWorkers()
 
     def start(self) -> int:
         """Start every worker and wait until all are ready; returns the number of KV blocks.
@@ -67,8 +58,8 @@ class WorkerGroup:
         Raises WorkerFailed.
         """
         places = self.config.layout.places()
-        for place, cpu_ids in zip(places, _deal_cores(len(places)), strict=True):
-            self._processes[place] = self._start_worker(place, cpu_ids)
+        configs = [self._worker_config(place) for place in places]
+        self._local.start(configs, self.config.threads_per_worker)
         joined = self._collect(Joined)
         store_port = next((message.store_port for message in joined if message.store_port), 0)
         self._send_all(Rendezvous(self.config.host, store_port))
@@ -91,30 +82,27 @@ class WorkerGroup:
 
     def check(self) -> None:
         """Raise WorkerFailed if a worker process has ended."""
-        for place, process in self._processes.items():
-            if process.poll() is not None:
-                self._raise_last_words()
-                raise WorkerFailed(f"the worker of {place} {describe_exit(process.returncode)}")
+        ended = self._local.find_ended()
+        if ended is not None:
+            self._raise_last_words()
+            raise WorkerFailed(ended)
 
     def stop(self) -> None:
         """Tell all workers to leave, and see that they do."""
         self._send_all(Stop())
-        stop_child_processes(list(self._processes.values()))
+        self._local.join()
         self.socket.close(linger=0)
 
     def kill(self) -> None:
         """End all workers at once."""
-        for process in self._processes.values():
-            process.kill()
-        stop_child_processes(list(self._processes.values()))
+        self._local.kill()
         self.socket.close(linger=0)
 
-    def _start_worker(self, place: Place, cpu_ids: tuple[int, ...]) -> subprocess.Popen[bytes]:
+    def _worker_config(self, place: Place) -> WorkerConfig:
+        """What a worker is told; the node that starts it fills in its cores and memory."""
         config = self.config
-        num_threads = config.threads_per_worker or max(1, len(cpu_ids))
-        worker = WorkerConfig(
+        return WorkerConfig(
             engine_address=self._address,
-            parent_pid=os.getpid(),
             host=config.host,
             layout=config.layout,
             place=place,
@@ -125,21 +113,9 @@ class WorkerGroup:
             seed=config.seed,
             block_size=config.block_size,
             kv_memory_bytes=config.kv_memory_bytes,
-            free_memory_share=self._free_memory_share(),
             max_kv_blocks=self._max_useful_blocks(),
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            num_threads=num_threads,
-            cpu_ids=cpu_ids,
             log_level=config.log_level,
         )
-        return start_child_process(
-            "shardline_shards.worker", worker, environment=_thread_environment(num_threads)
-        )
-
-    def _free_memory_share(self) -> float:
-        if self.config.device == "cuda":
-            return _CUDA_MEMORY_SHARE
-        return _CPU_MEMORY_SHARE / self.config.layout.world_size
 
     def _max_useful_blocks(self) -> int:
         """Twice what the most and longest requests can fill; more would only slow the start."""
@@ -198,11 +174,8 @@ class WorkerGroup:
             return WorkerFailed(message.reason, is_refusal=True)
         reporter = self.config.layout.place(message.rank)
         reason = f"{reporter} failed: {message.reason}"
-        for place, process in self._processes.items():
-            if place != reporter and was_killed(process, within_s=_DEATH_TAKES_S):
-                killed = f"the worker of {place} {describe_exit(process.returncode)}"
-                return WorkerFailed(f"{killed}; {reason}")
-        return WorkerFailed(reason)
+        killed = self._local.find_killed(besides=reporter, within_s=_DEATH_TAKES_S)
+        return WorkerFailed(f"{killed}; {reason}" if killed else reason)
 
     def _raise_last_words(self) -> None:
         """A worker that fails says so before it ends; prefer its reason to its exit status."""
@@ -213,25 +186,3 @@ class WorkerGroup:
         payload = encode(message)
         for rank in range(self.config.layout.world_size):
             self.socket.send_multipart([str(rank).encode(), payload])
-
-
-def _thread_environment(num_threads: int) -> dict[str, str]:
-    """Variables that the OpenMP library reads when it is loaded.
-
-    By default its idle threads spin. Engine and front end need those cores: with one more busy
-    process beside it, a spinning worker was five to twenty times slower than a waiting one.
-    """
-    return {
-        "OMP_NUM_THREADS": str(num_threads),
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
-    }
-
-
-def _deal_cores(num_workers: int) -> list[tuple[int, ...]]:
-    """This node's cores, dealt out; nobody is pinned where there are fewer cores than workers."""
-    if not hasattr(os, "sched_getaffinity"):
-        return [()] * num_workers
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < num_workers:
-        return [()] * num_workers
-    return [tuple(cores[i] for i in part) for part in deal(len(cores), num_workers)]
