@@ -244,6 +244,15 @@ def test_stop_tokens_cannot_come_before_min_tokens() -> None:
     assert third != 1
 
 
+def test_penalties_by_hand() -> None:
+    logits = torch.tensor([[3.0, 2.5, -1.0]])
+    drawn_twice = {"token_ids": [1, 0, 0], "temperature": 0.0}
+    assert draw(logits, [row(**drawn_twice, presence_penalty=0.4)]) == [0]
+    assert draw(logits, [row(**drawn_twice, frequency_penalty=0.4)]) == [1]
+    assert draw(logits, [row(**drawn_twice, repetition_penalty=1.1)]) == [0]
+    assert draw(logits, [row(**drawn_twice, repetition_penalty=2.0, logit_bias={2: 2.6})]) == [2]
+
+
 def test_a_bias_of_100_forces_and_of_minus_100_forbids() -> None:
     logits = random_logits(100, 20)
     forced = draw(logits, [row(seed=seed, logit_bias={7: 100.0}) for seed in range(100)])

@@ -152,9 +152,8 @@ void score_tile(
     const P& p, const float* query, int64_t head, int64_t rows, int64_t count, Scratch& s) {
   for (int64_t j = 0; j < count; j += kLanes) {
     for (int64_t r = 0; r < std::min(kLanes, count - j); ++r) {
-      widen_row(
-          p.key + s.offsets[j + r] + head * p.dim(), s.rows.data() + r * p.padded(), p.dim(),
-          p.padded());
+      const auto* key = p.key + s.offsets[j + r] + head * p.dim();
+      widen_row(key, s.rows.data() + r * p.padded(), p.dim());
     }
     for (int64_t i = 0; i < p.padded(); i += kLanes) {
       at::vec::transpose_mxn<float, kLanes, kLanes>(
@@ -235,7 +234,7 @@ void add_values(
     return;
   }
   for (int64_t j = 0; j < count; ++j) {
-    widen_row(from + offsets[j], s.values.data() + j * p.padded(), p.dim(), p.padded());
+    widen_row(from + offsets[j], s.values.data() + j * p.padded(), p.dim());
   }
   const auto widened = [&p, values = s.values.data()](int64_t k, int64_t j) {
     return Vec::loadu(values + k * p.padded() + j);

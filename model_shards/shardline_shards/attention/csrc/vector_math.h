@@ -42,9 +42,9 @@ C10_ALWAYS_INLINE void prefetch_row(const T* row, int64_t size) {
   }
 }
 
-// out[0, padded) = row[0, size), then zeros
+// out[0, size) = row[0, size)
 template <typename T>
-C10_ALWAYS_INLINE void widen_row(const T* row, float* out, int64_t size, int64_t padded) {
+C10_ALWAYS_INLINE void widen_row(const T* row, float* out, int64_t size) {
   int64_t i = 0;
 #pragma GCC unroll 8
   for (; i + kLanes <= size; i += kLanes) {
@@ -52,9 +52,6 @@ C10_ALWAYS_INLINE void widen_row(const T* row, float* out, int64_t size, int64_t
   }
   for (; i < size; ++i) {
     out[i] = static_cast<float>(row[i]);
-  }
-  for (; i < padded; ++i) {
-    out[i] = 0.f;
   }
 }
 

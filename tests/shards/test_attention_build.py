@@ -1,0 +1,126 @@
+"""How the CPU kernel is compiled and cached; and the CUDA backend, as far as goes without a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from shardline_shards.attention import BACKENDS, KVLayer, PagedBatch
+from shardline_shards.attention.build import BuildError, build
+
+COMPILER = """#!/bin/sh
+echo run >> {log}
+while [ "$1" != "-o" ]; do shift; done
+echo library > "$2"
+"""
+
+
+@pytest.fixture
+def compiler_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A stand-in for the C++ compiler, which is no class of ours; it logs its runs."""
+    log, compiler = tmp_path / "log", tmp_path / "compiler"
+    compiler.write_text(COMPILER.format(log=log))
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("SHARDLINE_CACHE", str(tmp_path / "cache"))
+    return log
+
+
+def test_processes_that_start_together_compile_once(compiler_log: Path) -> None:
+    command = [sys.executable, "-m", "shardline_shards.attention.build"]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    printed = {process.communicate()[0].strip() for process in processes}
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    (path,) = printed
+    assert Path(path).read_text() == "library\n"
+    assert compiler_log.read_text() == "run\n"
+
+
+def test_what_is_compiled_is_found_again(compiler_log: Path) -> None:
+    assert build() == build()
+    assert compiler_log.read_text() == "run\n"
+
+
+def test_a_failed_compilation_says_what_the_compiler_said(
+    compiler_log: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "compiler").write_text("#!/bin/sh\necho no such header >&2\nexit 1\n")
+    with pytest.raises(BuildError, match="no such header"):
+        build()
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SHARDLINE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(BuildError, match="SHARDLINE_CACHE"):
+        build()
+
+
+def test_the_sources_lie_in_the_package() -> None:
+    import shardline_shards.attention as package
+
+    folder = Path(os.path.dirname(package.__file__)) / "csrc"
+    assert {path.name for path in folder.iterdir()} == {"paged_attention.cpp", "vector_math.h"}
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the arguments of torch's paged FlashAttention operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[dict[str, object]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.torch_attn._varlen_attn.default:
+            names = [argument.name for argument in func._schema.arguments]
+            self.calls.append(dict(zip(names, args, strict=False)) | (kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("sliding_window", "window_size"), [(None, [-1, 0]), (128, [127, 0])])
+def test_the_cuda_backend_speaks_torchs_operator(
+    sliding_window: int | None, window_size: list[int]
+) -> None:
+    """On tensors without memory: shapes, dtypes and arguments, no numbers."""
+    backend = BACKENDS["cuda"]
+    with FakeTensorMode(), torch.device("cuda"):
+        pools = (torch.empty(5, backend.block_size, 3, 64, dtype=torch.bfloat16) for _ in range(2))
+        layer = KVLayer(*pools)
+        batch = PagedBatch(
+            query_start=torch.empty(3, dtype=torch.int32),
+            kv_lens=torch.empty(2, dtype=torch.int32),
+            block_tables=torch.empty(2, 2, dtype=torch.int32),
+            slots=torch.empty(7, dtype=torch.int64),
+            max_query_len=6,
+            max_kv_len=300,
+            kv_layers={0: layer},
+            backend=backend,
+        )
+        new = torch.empty(7, 3, 64, dtype=torch.bfloat16)
+        backend.write(layer, new, new, batch.slots)
+        query = torch.empty(7, 9, 64, dtype=torch.bfloat16)
+        with Recorder() as recorder:
+            output = backend.attend(
+                query, layer, batch, scaling=0.125, sliding_window=sliding_window, softcap=None
+            )
+    assert (output.shape, output.dtype) == (query.shape, query.dtype)
+    (call,) = recorder.calls
+    assert call["block_table"] is batch.block_tables
+    assert call["seqused_k"] is batch.kv_lens
+    assert call["cu_seq_k"].shape == (3,) and call["cu_seq_k"].dtype == torch.int32
+    assert (call["max_q"], call["max_k"], call["scale"]) == (6, 300, 0.125)
+    assert (call["window_size"], call["enable_gqa"], call["num_splits"]) == (window_size, True, 1)
+
+
+def test_the_cuda_backend_leaves_other_devices_and_fp32_alone() -> None:
+    backend = BACKENDS["cuda"]
+    assert not backend.serves(torch.device("cpu"), torch.bfloat16)
+    assert not backend.serves(torch.device("cuda"), torch.float32)
