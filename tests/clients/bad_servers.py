@@ -58,11 +58,16 @@ class _Script:
 class HttpBadServer(_Script):
     def __init__(self, context: ssl.SSLContext | None = None) -> None:
         super().__init__()
+        self.bodies: list[dict[str, Any]] = []
         script = self
 
         class Handler(_HttpHandler):
             def do_POST(self) -> None:
-                self.rfile.read(int(self.headers["Content-Length"]))
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if not self.path.startswith("/v1/"):
+                    self._send_json(404, {"error": {"message": "no such path"}})
+                    return
+                script.bodies.append(body)
                 self.answer(script.next(), script.stopping)
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

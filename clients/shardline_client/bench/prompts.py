@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from shardline_client.async_client import AsyncClient
@@ -45,21 +46,19 @@ Prompts = TokenPrompts | TextPrompts
 
 
 async def make_prompts(client: AsyncClient, *, is_chat: bool) -> Prompts:
-    """Token ids where the server has a tokenizer to ask (ours, vLLM), else text.
-
-    Raises ClientError if it does not answer at all.
-    """
+    """Token ids where the server has a tokenizer to ask (ours, vLLM), else text."""
     if not is_chat:
-        try:
+        with suppress(ClientError):  # OpenAI's API has no tokenizer
             tokens = await client.tokenize(" ".join(WORDS))
             return TokenPrompts(sorted(set(tokens.token_ids)))
-        except ClientError:
-            pass  # OpenAI's API has no tokenizer
-    return await _calibrated(client, is_chat=is_chat)
+    try:
+        return TextPrompts(await _words_per_token(client, is_chat=is_chat))
+    except ClientError:
+        return TextPrompts(1.0)  # the load will tell what is wrong
 
 
-async def _calibrated(client: AsyncClient, *, is_chat: bool) -> TextPrompts:
-    """How many tokens a word is, by the server's own count for two lengths."""
+async def _words_per_token(client: AsyncClient, *, is_chat: bool) -> float:
+    """By the server's own count for two lengths."""
     counts = []
     for num_words in (1, 1 + _CALIBRATION_WORDS):
         text = " ".join((WORDS * 2)[:num_words])
@@ -70,4 +69,4 @@ async def _calibrated(client: AsyncClient, *, is_chat: bool) -> TextPrompts:
         )
         await stream.collect()
         counts.append(stream.usage.prompt_tokens if stream.usage else num_words)
-    return TextPrompts(_CALIBRATION_WORDS / max(1, counts[1] - counts[0]))
+    return _CALIBRATION_WORDS / max(1, counts[1] - counts[0])
