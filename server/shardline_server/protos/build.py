@@ -5,6 +5,7 @@ The files keep the name `shardline/v1/….proto` inside, so that another package
 the same stubs in the same process; only the imports between them name this package.
 """
 
+import sysconfig
 from importlib import resources
 from pathlib import Path
 
@@ -19,11 +20,14 @@ def build(target: Path = FOLDER, package: str = PACKAGE) -> None:
     protos = sorted(path.relative_to(FOLDER) for path in FOLDER.rglob("*.proto"))
     well_known = resources.files("grpc_tools") / "_proto"
     outputs = ("python_out", "grpc_python_out", "mypy_out", "mypy_grpc_out")
+    scripts = Path(sysconfig.get_path("scripts"))
+    plugins = ("protoc-gen-mypy", "protoc-gen-mypy_grpc")
     status = protoc.main(
         [
             "protoc",
             f"--proto_path={FOLDER}",
             f"--proto_path={well_known}",
+            *(f"--plugin={plugin}={scripts / plugin}" for plugin in plugins),
             *(f"--{output}={target}" for output in outputs),
             *map(str, protos),
         ]
