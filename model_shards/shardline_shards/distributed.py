@@ -3,6 +3,8 @@
 import os
 import socket
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import psutil
@@ -18,14 +20,16 @@ _FORM_TIMEOUT = timedelta(minutes=5)
 
 
 def host_store(host: str, world_size: int) -> TCPStore:
-    """A store on a port that the system chooses; `store.port` tells it to the others.
+    """A store on a port that the system chooses; `store.port` tells it to the others."""
+    return open_store(socket.create_server((host, 0)), world_size)
 
-    It gets a socket that is bound to `host`; left to itself it would listen at every address.
-    """
-    listener = socket.create_server((host, 0))
+
+def open_store(listener: socket.socket, world_size: int) -> TCPStore:
+    """A store behind a bound socket; left to itself it would listen at every address."""
+    host, port = listener.getsockname()[:2]
     return TCPStore(
         host,
-        listener.getsockname()[1],
+        port,
         world_size,
         is_master=True,
         wait_for_workers=False,
@@ -92,9 +96,9 @@ class Communicators:
                 receiver = Place(stage_index + 1, tp_rank)
                 group = dist.new_group([layout.rank(sender), layout.rank(receiver)])
                 if place == sender:
-                    self.next = StageLink(group, layout.rank(receiver))
+                    self.next = StageLink(group, layout.rank(receiver), str(receiver))
                 elif place == receiver:
-                    self.previous = StageLink(group, layout.rank(sender))
+                    self.previous = StageLink(group, layout.rank(sender), str(sender))
 
     def close(self) -> None:
         """Leave all groups, together: a rank that leaves early breaks what others still receive."""
@@ -105,20 +109,26 @@ class Communicators:
             dist.destroy_process_group()
 
 
+class LostPeer(RuntimeError):
+    """A neighbouring stage cannot be reached any more."""
+
+
 class StageLink:
     """The way to a neighbouring stage. Sends do not wait for the receiver."""
 
     MAX_PENDING = 4
 
-    def __init__(self, group: dist.ProcessGroup, peer: int) -> None:
+    def __init__(self, group: dist.ProcessGroup, peer: int, peer_name: str) -> None:
         self._group = group
         self._peer = peer
+        self._peer_name = peer_name
         self._pending: deque[tuple[dist.Work | None, Tensor]] = deque()
 
     def send(self, hidden: Tensor) -> None:
         """Hand on hidden states; the tensor is kept until it has left."""
         hidden = hidden.contiguous()
-        work = dist.isend(hidden, self._peer, group=self._group)
+        with self._naming_peer():
+            work = dist.isend(hidden, self._peer, group=self._group)
         self._pending.append((work, hidden))
         if len(self._pending) > self.MAX_PENDING:
             self._wait_for_oldest()
@@ -131,12 +141,23 @@ class StageLink:
     def _wait_for_oldest(self) -> None:
         work, _ = self._pending.popleft()
         if work is not None:
-            work.wait()
+            with self._naming_peer():
+                work.wait()
 
     def receive(
         self, num_tokens: int, width: int, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
         """Wait for hidden states [num_tokens, width]."""
         hidden = torch.empty(num_tokens, width, dtype=dtype, device=device)
-        dist.recv(hidden, self._peer, group=self._group)
+        with self._naming_peer():
+            dist.recv(hidden, self._peer, group=self._group)
         return hidden
+
+    @contextmanager
+    def _naming_peer(self) -> Iterator[None]:
+        """Say whose connection broke: that worker is gone, or the network to it."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0].partition(". This is")[0]
+            raise LostPeer(f"the connection to {self._peer_name} broke ({reason})") from error

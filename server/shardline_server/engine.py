@@ -45,6 +45,7 @@ from shardline_shards.process import start_child
 logger = logging.getLogger("shardline.engine")
 
 _LOOK_INTERVAL_S = 0.5
+_GREETING_TAKES_MS = 10_000
 _ERROR_CODES: dict[type[SchedulerError], str] = {
     QueueFull: "QueueFull",
     RequestTooLong: "PromptTooLong",
@@ -170,7 +171,9 @@ class Engine:
             self._publish()
 
     def fail(self, reason: str) -> None:
-        """Tell every front end, also those whose greeting has not been read yet."""
+        """Tell every front end, also those whose greeting has not been read or has yet to come."""
+        if not self.frontends.frontends:
+            self.frontends.socket.poll(_GREETING_TAKES_MS)
         while self.frontends.receive() is not None:
             pass
         self.frontends.send_all(EngineFailed(reason))

@@ -5,6 +5,16 @@ from msgspec import Struct
 from shardline_shards.layout import ParallelLayout
 
 
+class NodesConfig(Struct, frozen=True, kw_only=True):
+    """A launch over several nodes. `model` is what the operator typed: each node resolves it."""
+
+    num_nodes: int
+    rendezvous_port: int
+    secret: str
+    model: str
+    join_timeout_s: int
+
+
 class EngineConfig(Struct, frozen=True, kw_only=True):
     """Sent as JSON on the engine's standard input.
 
@@ -32,6 +42,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     enable_prefix_caching: bool
     threads_per_worker: int | None
     log_level: str
+    nodes: NodesConfig | None = None
 
 
 class EngineAddress(Struct, frozen=True):

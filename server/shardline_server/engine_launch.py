@@ -1,15 +1,17 @@
 """From settings to a running engine process."""
 
 import os
+import secrets
 import subprocess
 from pathlib import Path
 
 import msgspec
 
 from shardline_server.child import start_child_process, stop_child_processes
-from shardline_server.engine_config import EngineAddress, EngineConfig
+from shardline_server.engine_config import EngineAddress, EngineConfig, NodesConfig
 from shardline_server.errors import ConfigError
 from shardline_server.model_facts import ModelFacts, read_model_facts
+from shardline_server.rendezvous import split_address
 from shardline_server.settings import ServeSettings
 from shardline_shards.layout import ParallelLayout, check_stages, even_stages
 
@@ -39,10 +41,11 @@ def plan_engine(settings: ServeSettings, model_path: Path) -> EngineConfig:
             "tokens that the model was made for"
         )
     layout = plan_layout(settings, facts)
+    host, nodes = plan_nodes(settings)
     auto_dtype = facts.dtype or "bfloat16"
     return EngineConfig(
         parent_pid=os.getpid(),
-        host=settings.internal_host,
+        host=host,
         model_path=str(model_path),
         load_format=settings.load_format,
         layout=layout,
@@ -60,7 +63,24 @@ def plan_engine(settings: ServeSettings, model_path: Path) -> EngineConfig:
         enable_prefix_caching=settings.enable_prefix_caching,
         threads_per_worker=settings.threads_per_worker,
         log_level=settings.log_level,
+        nodes=nodes,
     )
+
+
+def plan_nodes(settings: ServeSettings) -> tuple[str, NodesConfig | None]:
+    """The address that engine and workers use, and what other nodes need. Raises ConfigError."""
+    if settings.nodes == 1 or settings.rendezvous is None:
+        return settings.internal_host, None
+    host, port = split_address(settings.rendezvous)
+    secret = settings.secret.get_secret_value() if settings.secret else secrets.token_urlsafe(16)
+    nodes = NodesConfig(
+        num_nodes=settings.nodes,
+        rendezvous_port=port,
+        secret=secret,
+        model=settings.model,
+        join_timeout_s=settings.join_timeout,
+    )
+    return host, nodes
 
 
 def choose_device(wanted: str, num_workers: int) -> str:

@@ -1,12 +1,14 @@
 """`shardline serve`: starts the engine, opens both doors, and ends everything in order."""
 
 import asyncio
+import contextlib
 import logging
 import signal
 import sys
 from pathlib import Path
 
 from shardline_server.child import describe_exit
+from shardline_server.engine_config import NodesConfig
 from shardline_server.engine_launch import EngineProcess, plan_engine
 from shardline_server.errors import ConfigError, EngineUnavailable
 from shardline_server.frontend import Addresses, Frontend, FrontendConfig
@@ -16,6 +18,7 @@ from shardline_shards.sources import resolve_model
 logger = logging.getLogger("shardline")
 
 _GRACE_S = 1.0
+_LAST_WORDS_TAKE_S = 1.0
 
 
 def serve(settings: ServeSettings) -> int:
@@ -27,7 +30,10 @@ def serve(settings: ServeSettings) -> int:
     model_path = resolve_model(
         settings.model, cache_dir=settings.cache, needs_weights=needs_weights
     )
-    engine = EngineProcess(plan_engine(settings, model_path))
+    config = plan_engine(settings, model_path)
+    if config.nodes is not None:
+        print(_join_line(config.host, config.nodes), flush=True)
+    engine = EngineProcess(config)
     try:
         return asyncio.run(_serve(settings, model_path, engine))
     finally:
@@ -68,6 +74,8 @@ async def _serve(settings: ServeSettings, model_path: Path, engine: EngineProces
 async def _watch(engine: EngineProcess, frontend: Frontend) -> None:
     """An engine that ends while we serve fails every open stream and /health."""
     status = await asyncio.to_thread(engine.wait)
+    with contextlib.suppress(TimeoutError):  # its own last words say more than its exit status
+        await asyncio.wait_for(frontend.wait_failed(), _LAST_WORDS_TAKE_S)
     frontend.fail(f"the engine process {describe_exit(status)}")
 
 
@@ -78,6 +86,14 @@ async def _announce(frontend: Frontend, addresses: Addresses, settings: ServeSet
     except EngineUnavailable as error:
         raise ConfigError(str(error)) from error
     print(_banner(addresses, settings), flush=True)
+
+
+def _join_line(host: str, nodes: NodesConfig) -> str:
+    return f"""
+Waiting for {nodes.num_nodes - 1} more node(s). On each of them:
+
+  SHARDLINE_SECRET={nodes.secret} shardline worker --join {host}:{nodes.rendezvous_port}
+"""
 
 
 def _banner(addresses: Addresses, settings: ServeSettings) -> str:

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BeforeValidator, ByteSize, Field, ValidationError, model_validator
+from pydantic import (
+    BeforeValidator,
+    ByteSize,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -93,6 +100,19 @@ class ServeSettings(BaseSettings):
         "127.0.0.1", description="the address at which engine and workers reach each other"
     )
 
+    nodes: Annotated[Count, Flag("Several nodes", "N")] = Field(
+        1, description="nodes that hold the stages, this one included"
+    )
+    rendezvous: Annotated[str | None, Flag("Several nodes", "HOST:PORT")] = Field(
+        None, description="an address of this node, where the others find it"
+    )
+    secret: Annotated[SecretStr | None, Flag("Several nodes", "TEXT")] = Field(
+        None, description="what nodes must know to join; better SHARDLINE_SECRET [default: drawn]"
+    )
+    join_timeout: Annotated[Count, Flag("Several nodes", "SECONDS")] = Field(
+        300, description="how long to wait for the other nodes"
+    )
+
     block_size: Annotated[Count, Flag("Memory and scheduling", "TOKENS")] = Field(
         16, description="tokens in a block of KV memory"
     )
@@ -165,6 +185,16 @@ class ServeSettings(BaseSettings):
             raise ValueError(
                 f"kv_memory {int(self.kv_memory)} bytes and num_kv_blocks {self.num_kv_blocks} "
                 "say the same thing; give one"
+            )
+        if self.nodes > 1 and self.rendezvous is None:
+            raise ValueError(
+                f"nodes is {self.nodes}: name an address of this node as rendezvous, "
+                "such as --rendezvous 10.0.0.1:29500"
+            )
+        if self.nodes > self.pp:
+            raise ValueError(
+                f"{self.nodes} nodes need as many stages and pp is {self.pp}: stages go over nodes "
+                f"and shards stay inside one; --pp {self.nodes} would fit"
             )
         if self.port == self.grpc_port != 0:
             raise ValueError(

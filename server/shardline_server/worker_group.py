@@ -8,6 +8,8 @@ import zmq
 
 from shardline_scheduler.plan import StepPlan, StepResult
 from shardline_server.engine_config import EngineConfig
+from shardline_server.errors import ConfigError
+from shardline_server.head import Head
 from shardline_server.local_workers import LocalWorkers
 from shardline_shards.layout import Place
 from shardline_shards.messages import (
@@ -51,6 +53,7 @@ class WorkerGroup:
         self.socket.bind(f"tcp://{config.host}:*")
         self._address: str = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._local = LocalWorkers()
+        self._head = None if config.nodes is None else Head(config, config.nodes)
 
     def start(self) -> int:
         """Start every worker and wait until all are ready; returns the number of KV blocks.
@@ -59,6 +62,8 @@ class WorkerGroup:
         """
         places = self.config.layout.places()
         configs = [self._worker_config(place) for place in places]
+        if self._head is not None:
+            configs = self._assign(self._head, configs)
         self._local.start(configs, self.config.threads_per_worker)
         joined = self._collect(Joined)
         store_port = next((message.store_port for message in joined if message.store_port), 0)
@@ -81,22 +86,36 @@ class WorkerGroup:
             yield message
 
     def check(self) -> None:
-        """Raise WorkerFailed if a worker process has ended."""
-        ended = self._local.find_ended()
-        if ended is not None:
+        """Raise WorkerFailed if a worker process has ended, or a node has fallen silent."""
+        failure = self._local.find_ended()
+        if failure is None and self._head is not None:
+            failure = self._head.watch.find_failure()
+        if failure is not None:
             self._raise_last_words()
-            raise WorkerFailed(ended)
+            raise WorkerFailed(failure)
 
     def stop(self) -> None:
         """Tell all workers to leave, and see that they do."""
         self._send_all(Stop())
+        self._dismiss_nodes()
         self._local.join()
         self.socket.close(linger=0)
 
     def kill(self) -> None:
         """End all workers at once."""
+        self._dismiss_nodes()
         self._local.kill()
         self.socket.close(linger=0)
+
+    def _assign(self, head: Head, configs: list[WorkerConfig]) -> list[WorkerConfig]:
+        try:
+            return head.assign(configs)
+        except ConfigError as error:
+            raise WorkerFailed(str(error), is_refusal=True) from error
+
+    def _dismiss_nodes(self) -> None:
+        if self._head is not None:
+            self._head.watch.dismiss()
 
     def _worker_config(self, place: Place) -> WorkerConfig:
         """What a worker is told; the node that starts it fills in its cores and memory."""
@@ -156,8 +175,7 @@ class WorkerGroup:
                 message = self._receive()
                 assert isinstance(message, kind), message
                 messages.append(message)
-            else:
-                self.check()
+            self.check()
         return messages
 
     def _receive(self) -> FromWorker:

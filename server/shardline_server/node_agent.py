@@ -1,0 +1,138 @@
+"""`shardline worker --join`: a node beside the head, running the workers that the head assigns."""
+
+import logging
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from shardline_server.errors import ConfigError
+from shardline_server.local_workers import LocalWorkers
+from shardline_server.node_watch import SILENCE_LIMIT_S, HeadWatch
+from shardline_server.rendezvous import (
+    Assignment,
+    Job,
+    NodeFacts,
+    NoteBoard,
+    find_board,
+    node_name,
+    own_address,
+    own_versions,
+)
+from shardline_shards.errors import ShardError
+from shardline_shards.fingerprint import model_fingerprint
+from shardline_shards.sources import resolve_model
+
+logger = logging.getLogger("shardline.node")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeSettings:
+    """What `shardline worker` was started with; `model` and `address` override what is found."""
+
+    head_host: str
+    head_port: int
+    secret: str
+    model: str | None
+    address: str | None
+    cache: Path | None
+    join_timeout: float
+
+
+class _Leave(BaseException):
+    """A signal says that this node shall leave."""
+
+
+def run_node(settings: NodeSettings) -> int:
+    """Join, run workers until the head or a signal ends it; returns the exit status.
+
+    Raises ConfigError if this node cannot take part.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _raise_leave)
+    workers = LocalWorkers()
+    try:
+        return _run(settings, workers)
+    except _Leave:
+        return 0
+    finally:
+        workers.kill()
+
+
+def _raise_leave(*_: object) -> None:
+    raise _Leave
+
+
+def _run(settings: NodeSettings, workers: LocalWorkers) -> int:
+    name, assignment = _join(settings)
+    workers.start(assignment.workers, assignment.threads_per_worker)
+    head = HeadWatch(assignment.watch_address, name)
+    places = ", ".join(str(config.place) for config in assignment.workers)
+    logger.info("joined as %s; runs %s", name, places)
+    failure: str | None = None
+    while not head.beat(failure):
+        if head.silence_s > SILENCE_LIMIT_S:
+            logger.error("the head has not been heard for %.1f s", head.silence_s)
+            return 1
+        failure = workers.find_ended()
+    head.close()
+    workers.join()
+    return 0
+
+
+def _join(settings: NodeSettings) -> tuple[str, Assignment]:
+    """Find the head, check that we fit, get work. Raises ConfigError."""
+    deadline = time.monotonic() + settings.join_timeout
+    host, port = settings.head_host, settings.head_port
+    board = find_board(host, port, 2, settings.secret, deadline)
+    job = board.take("job", Job, deadline, lambda: f"the head at {host}:{port} offers no job")
+    number = board.draw_number()
+    if number >= job.num_nodes:
+        raise ConfigError(f"all {job.num_nodes} nodes have joined already; this one is too many")
+    address = settings.address or own_address(host, port)
+    name = f"{number} ({node_name()}, {address})"
+    try:
+        model_path = _find_model(job, settings)
+    except (ConfigError, ShardError) as error:
+        board.put(f"node/{number}", NodeFacts(name=name, address=address, problem=str(error)))
+        raise
+    board.put(f"node/{number}", NodeFacts(name=name, address=address))
+    assignment = _take_assignment(board, number, deadline, settings)
+    return name, _localized(assignment, model_path, address)
+
+
+def _take_assignment(
+    board: NoteBoard, number: int, deadline: float, settings: NodeSettings
+) -> Assignment:
+    missing = f"the head at {settings.head_host} gave no work; is another node missing?"
+    assignment = board.take(f"assignment/{number}", Assignment, deadline, lambda: missing)
+    if assignment.refusal is not None:
+        raise ConfigError(f"the head does not start: {assignment.refusal}")
+    return assignment
+
+
+def _find_model(job: Job, settings: NodeSettings) -> Path:
+    """The model's folder here. Raises ConfigError or ShardError if the head's differs."""
+    ours = own_versions()
+    for package, version in job.versions.items():
+        if ours[package] != version:
+            raise ConfigError(f"{package} is {ours[package]} here and {version} on the head")
+    path = resolve_model(
+        settings.model or job.model, cache_dir=settings.cache, needs_weights=job.needs_weights
+    )
+    fingerprint = model_fingerprint(path)
+    if fingerprint != job.fingerprint:
+        raise ConfigError(
+            f"the model in {path} ({fingerprint}) is not the head's ({job.fingerprint})"
+        )
+    return path
+
+
+def _localized(assignment: Assignment, model_path: Path, address: str) -> Assignment:
+    replace = msgspec.structs.replace
+    workers = [
+        replace(config, model_path=str(model_path), host=address) for config in assignment.workers
+    ]
+    return replace(assignment, workers=workers)

@@ -1,0 +1,164 @@
+"""How nodes find the head: a store at the head's address, and signed notes in it.
+
+The head writes a `Job`; each other node answers with its `NodeFacts`, and gets an `Assignment`.
+Every note carries an HMAC under the launch's secret, so a stranger can neither join nor mislead.
+"""
+
+import hashlib
+import hmac
+import os
+import platform
+import socket
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from importlib import metadata
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from shardline_server.errors import ConfigError
+from shardline_shards.messages import WorkerConfig
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+_Note = TypeVar("_Note", bound=Struct)
+_SLICE_S = 1.0
+
+
+class Job(Struct, frozen=True, kw_only=True):
+    """What the head serves; every node checks that it can take part."""
+
+    num_nodes: int
+    versions: dict[str, str]
+    model: str
+    needs_weights: bool
+    fingerprint: str
+
+
+class NodeFacts(Struct, frozen=True, kw_only=True):
+    """A node that has come. With a `problem` it cannot take part, and says why."""
+
+    name: str
+    address: str
+    problem: str | None = None
+
+
+class Assignment(Struct, frozen=True, kw_only=True):
+    """What a node runs, or why the head sends it away."""
+
+    refusal: str | None = None
+    workers: list[WorkerConfig] = []
+    threads_per_worker: int | None = None
+    watch_address: str = ""
+
+
+class NoteBoard:
+    """Signed notes in the store of a rendezvous."""
+
+    def __init__(self, store: "Store", secret: str) -> None:
+        self._store = store
+        self._secret = secret.encode()
+
+    def put(self, key: str, note: Struct) -> None:
+        """Write a note."""
+        payload = msgspec.msgpack.encode(note)
+        content = self._sign(key, payload) + payload
+        self._store.set(key, content)  # type: ignore[arg-type]  # bytes go as well
+
+    def take(
+        self, key: str, kind: type[_Note], deadline: float, missing: Callable[[], str]
+    ) -> _Note:
+        """Wait for a note until `deadline` on the monotonic clock.
+
+        Raises ConfigError: `missing()` if it does not come, or that the secrets differ.
+        """
+        while not self._is_there(key):
+            if time.monotonic() >= deadline:
+                raise ConfigError(missing())
+        content = bytes(self._store.get(key))
+        signature, payload = content[:32], content[32:]
+        if not hmac.compare_digest(signature, self._sign(key, payload)):
+            raise ConfigError("the secrets of head and node differ; give both the same one")
+        return msgspec.msgpack.decode(payload, type=kind)
+
+    def draw_number(self) -> int:
+        """This node's number: 1 for the first that asks."""
+        return int(self._store.add("arrivals", 1))
+
+    def _is_there(self, key: str) -> bool:
+        from torch.distributed import DistStoreError
+
+        try:
+            self._store.wait([key], timedelta(seconds=_SLICE_S))
+        except DistStoreError:
+            return False
+        except RuntimeError as error:
+            raise ConfigError(f"the head has gone: {str(error).splitlines()[0]}") from error
+        return True
+
+    def _sign(self, key: str, payload: bytes) -> bytes:
+        return hmac.new(self._secret, key.encode() + b"\0" + payload, hashlib.sha256).digest()
+
+
+def open_board(host: str, port: int, num_nodes: int, secret: str) -> NoteBoard:
+    """The head's board, at `host:port` and no other address. Raises ConfigError if it is taken."""
+    try:
+        listener = socket.create_server((host, port))
+    except OSError as error:
+        raise ConfigError(
+            f"--rendezvous {host}:{port} cannot be opened: {error.strerror}"
+        ) from error
+    from shardline_shards.distributed import open_store
+
+    _hush_store()
+    return NoteBoard(open_store(listener, num_nodes), secret)
+
+
+def find_board(host: str, port: int, num_nodes: int, secret: str, deadline: float) -> NoteBoard:
+    """The same board, for a node; waits for the head until `deadline`. Raises ConfigError."""
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=_SLICE_S).close()
+            break
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise ConfigError(f"no head answers at {host}:{port} ({error})") from error
+            time.sleep(_SLICE_S / 5)  # refused at once; there is nothing to wait on
+    from shardline_shards.distributed import join_store
+
+    _hush_store()
+    return NoteBoard(join_store(host, port, num_nodes), secret)
+
+
+def _hush_store() -> None:
+    """The store logs a stack trace for every wait that ends without a note."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+
+
+def own_versions() -> dict[str, str]:
+    """What has to be the same on every node."""
+    names = ("shardline", "torch", "transformers")
+    return {name: metadata.version(name) for name in names}
+
+
+def own_address(towards: str, port: int) -> str:
+    """The address of this node on its way to `towards`; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((towards, port))
+        return str(probe.getsockname()[0])
+
+
+def node_name() -> str:
+    """How this node calls itself in messages."""
+    return platform.node() or "node"
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """`HOST:PORT` as its parts. Raises ConfigError."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"{address!r} is not HOST:PORT, such as 10.0.0.1:29500")
+    return host, int(port)
