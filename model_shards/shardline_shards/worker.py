@@ -1,15 +1,10 @@
-"""One worker process: a place in the layout that loads its slices and then executes plans in order.
-
-Started as `python -m shardline_shards.worker` with a `WorkerConfig` as JSON on standard input.
-"""
+"""One worker: a place in the layout that loads its slices and then executes plans in order."""
 
 import logging
-import os
 import sys
 import time
 from pathlib import Path
 
-import msgspec
 import psutil
 import torch
 import zmq
@@ -36,7 +31,7 @@ from shardline_shards.messages import (
     decode_to_worker,
     encode,
 )
-from shardline_shards.process import pin_to, start_child
+from shardline_shards.process import pin_to
 from shardline_shards.sampling import SampleRow, prompt_logprobs, sample
 from shardline_shards.stage import Stage
 from shardline_shards.stage_model import StageModel, build_stage_model, load_config
@@ -232,19 +227,16 @@ def _free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def main() -> None:
-    """Entry point of the process."""
-    config = msgspec.json.decode(sys.stdin.buffer.readline(), type=WorkerConfig)
-    place = config.place
-    start_child(f"worker stage={place.stage_index} tp={place.tp_rank}", config.parent_pid)
+def run_worker(config: WorkerConfig) -> int:
+    """Be the worker that `config` describes, to the end; returns the exit status."""
     pin_to(config.cpu_ids)
     torch.set_num_threads(config.num_threads)
     logging.basicConfig(
         level=config.log_level.upper(),
-        format=f"%(asctime)s %(levelname)s [{place}] %(message)s",
+        format=f"%(asctime)s %(levelname)s [{config.place}] %(message)s",
         stream=sys.stderr,
     )
-    os._exit(_run(Worker(config)))  # not sys.exit: taking torch down in order costs seconds
+    return _run(Worker(config))
 
 
 def _run(worker: Worker) -> int:
@@ -261,7 +253,3 @@ def _run(worker: Worker) -> int:
         return 1
     finally:
         worker.channel.close()
-
-
-if __name__ == "__main__":
-    main()

@@ -127,6 +127,7 @@ class Engine:
         self._news: dict[bytes, list[Delta]] = {}
         self._has_news = False
         self._is_idle_and_checked = False
+        self.is_serving = False
 
     def start(self) -> None:
         """Bring the workers up and tell the front ends. Raises WorkerFailed."""
@@ -152,6 +153,7 @@ class Engine:
         )
         logger.info("KV memory holds %d tokens", num_blocks * config.block_size)
         self.frontends.send_all(self._ready)
+        self.is_serving = True
         self._poller = zmq.Poller()
         self._poller.register(self.frontends.socket, zmq.POLLIN)
         self._poller.register(self.workers.socket, zmq.POLLIN)
@@ -290,7 +292,10 @@ def _serve(engine: Engine) -> int:
         engine.start()
         engine.run()
     except Leaving:
-        engine.workers.stop()
+        if engine.is_serving:
+            engine.workers.stop()
+        else:
+            engine.workers.kill()  # still loading: nobody reads a Stop
         return 0
     except WorkerFailed as failure:
         logger.error("%s", failure)

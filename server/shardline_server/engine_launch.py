@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import socket
 import subprocess
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def plan_engine(settings: ServeSettings, model_path: Path) -> EngineConfig:
         )
     layout = plan_layout(settings, facts)
     host, nodes = plan_nodes(settings)
+    _check_is_ours(host)
     auto_dtype = facts.dtype or "bfloat16"
     return EngineConfig(
         parent_pid=os.getpid(),
@@ -81,6 +83,16 @@ def plan_nodes(settings: ServeSettings) -> tuple[str, NodesConfig | None]:
         join_timeout_s=settings.join_timeout,
     )
     return host, nodes
+
+
+def _check_is_ours(host: str) -> None:
+    try:
+        socket.create_server((host, 0)).close()
+    except OSError as error:
+        raise ConfigError(
+            f"{host} is no address of this host ({error.strerror}); engine and workers need one: "
+            "see --internal-host, or --rendezvous for several nodes"
+        ) from error
 
 
 def choose_device(wanted: str, num_workers: int) -> str:

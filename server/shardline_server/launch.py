@@ -107,12 +107,14 @@ Shardline serves {name}: {settings.pp} stages x {settings.tp} shards
   gRPC  {target}
 
   curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key_header} \\
-    -d '{{"model": "{name}", "messages": [{{"role": "user", "content": "What is a pipeline?"}}]}}'
+    -d '{{"model": "{name}", "temperature": 0, \
+"messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
 
   {sys.executable} -c "import grpc; from shardline_server.protos.shardline.v1 import \
 generation_pb2 as pb, generation_pb2_grpc as rpc; \
 stub = rpc.GenerationStub(grpc.insecure_channel('{target}')); \
-print(stub.Generate(pb.GenerateRequest(text='The capital of France is'){metadata}))"
+request = pb.GenerateRequest(text='The capital of France is'); \
+request.sampling.temperature = 0; print(stub.Generate(request{metadata}))"
 """
 
 

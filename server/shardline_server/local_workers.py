@@ -39,7 +39,7 @@ class LocalWorkers:
                 cpu_ids=cpu_ids,
             )
             self._processes[config.place] = start_child_process(
-                "shardline_shards.worker", own, environment=_thread_environment(num_threads)
+                "shardline_shards.worker_process", own, environment=_thread_environment(num_threads)
             )
 
     def find_ended(self) -> str | None:

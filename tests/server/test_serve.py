@@ -84,6 +84,26 @@ def process_name(process: psutil.Process) -> str:
     return " ".join(process.cmdline()).strip()
 
 
+def test_a_signal_while_workers_load_ends_everything(tiny_model: Path) -> None:
+    process = start(tiny_model, "--pp", "2")
+    server, workers = psutil.Process(process.pid), []
+    while len(workers) < 2:
+        children = server.children(recursive=True)
+        workers = [child for child in children if "worker" in process_name(child)]
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert "Traceback" not in errors
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive
+
+
+def test_an_address_of_another_host(tiny_model: Path) -> None:
+    assert "192.0.2.1 is no address of this host" in refusal(
+        tiny_model, "--internal-host", "192.0.2.1"
+    )
+
+
 def test_nothing_outlives_a_killed_server(serving) -> None:
     process, children, _ = serving
     process.kill()
