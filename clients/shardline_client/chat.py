@@ -109,7 +109,7 @@ class TerminalView:
         """Until Ctrl-D; Ctrl-C only leaves the line."""
         while True:
             try:
-                yield self._console.input("[bold green]> [/]")
+                yield input("> ")
             except KeyboardInterrupt:
                 self._console.print()
             except EOFError:

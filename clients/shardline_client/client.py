@@ -122,9 +122,8 @@ class Client:
 
     def close(self) -> None:
         """End what runs, and close the connections."""
-        if not self._is_closed:
-            self._thread.run(self._client.aclose())
-            self._is_closed = True
+        self._is_closed = True
+        if "_loop_thread" in vars(self):
             self._loop_thread.stop()
 
     def __enter__(self) -> Self:
@@ -140,7 +139,7 @@ class Client:
 
     @cached_property
     def _loop_thread(self) -> LoopThread:
-        return LoopThread()
+        return LoopThread(self._client.aclose)
 
     @property
     def _thread(self) -> LoopThread:

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import weakref
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -11,12 +11,15 @@ T = TypeVar("T")
 
 
 class LoopThread:
-    """Started when made, stopped by `stop` or at the program's end, whichever comes first."""
+    """Started when made, stopped by `stop` or at the program's end, whichever comes first.
 
-    def __init__(self) -> None:
+    `close` is what the loop does last.
+    """
+
+    def __init__(self, close: Callable[[], Awaitable[None]]) -> None:
         started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
         thread = threading.Thread(
-            target=lambda: asyncio.run(_live(started)), name="shardline-client", daemon=True
+            target=lambda: asyncio.run(_live(started, close)), name="shardline-client", daemon=True
         )
         thread.start()
         self._loop, stopping = started.result()
@@ -47,10 +50,14 @@ class LoopThread:
         self._stop()
 
 
-async def _live(started: "Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]]") -> None:
+async def _live(
+    started: "Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]]",
+    close: Callable[[], Awaitable[None]],
+) -> None:
     stopping = asyncio.Event()
     started.set_result((asyncio.get_running_loop(), stopping))
     await stopping.wait()
+    await close()
 
 
 def _start(

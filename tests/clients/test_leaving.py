@@ -1,6 +1,8 @@
 """Whoever leaves an answer ends its request: seen from the engine's side, over both doors."""
 
 import asyncio
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -91,6 +93,21 @@ def test_closing_the_client_ends_its_requests(peer, frontend_url):
     assert peer.next_abort() == peer.next_submit().request_id
     with pytest.raises(RuntimeError, match="closed"):
         client.models()
+
+
+@pytest.mark.usefixtures("one_token")
+def test_a_program_that_closes_nothing_ends_quietly(peer, frontend_url):
+    script = (
+        "import sys\n"
+        "from shardline_client import Client\n"
+        "client = Client(sys.argv[1], api_key='right')\n"
+        "pieces = iter(client.stream_complete('the fox'))\n"
+        "print(next(pieces).text)\n"
+    )
+    command = [sys.executable, "-W", "error", "-c", script, frontend_url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the\n", "")
+    assert peer.next_abort() == peer.next_submit().request_id
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1])
