@@ -104,9 +104,11 @@ class Tokenize:
 def completion_request(
     prompt: Prompt, options: Mapping[str, Any], *, request_id: str, model: str | None
 ) -> Generate:
-    """Raises InvalidRequest for a name that nobody knows."""
+    """Raises InvalidRequest for a name that nobody knows, or more than one prompt."""
     _require_known(options, CompleteOptions)
     given = prompt if isinstance(prompt, str) else tuple(prompt)
+    if not isinstance(given, str) and not all(isinstance(one, int) for one in given):
+        raise InvalidRequest("A prompt is one text, or one list of token ids.", param="prompt")
     return _generate(options, request_id, model, prompt=given, messages=None)
 
 

@@ -107,7 +107,7 @@ def test_a_run_over_each_door(url, tmp_path, load):
     assert len(requests) == report["summary"]["num_ok"] == 7
     assert {one["num_prompt_tokens"] for one in requests} == {20}
     assert {one["num_output_tokens"] for one in requests} <= {4, 5, 6}
-    assert all(len(one["token_times_s"]) == one["num_output_tokens"] for one in requests)
+    assert all(1 <= len(one["token_times_s"]) <= one["num_output_tokens"] for one in requests)
     assert report["summary"]["num_output_tokens"] == sum(
         one["num_output_tokens"] for one in requests
     )

@@ -76,6 +76,7 @@ def test_both_projects_agree():
     bench = alone["optional-dependencies"]["bench"]
     assert bench == whole["optional-dependencies"]["bench"]
     assert set(bench) <= set(whole["optional-dependencies"]["dev"])
+    assert (ROOT / "clients" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
 
 
 @pytest.fixture(scope="module")

@@ -137,8 +137,8 @@ def test_what_a_door_cannot_even_carry_is_refused_alike(client, options):
         client.complete("The", **options)
 
 
-@pytest.mark.parametrize("prompt", ["\ud800", ""])
-def test_a_prompt_that_is_no_text_is_refused(client, prompt):
+@pytest.mark.parametrize("prompt", ["\ud800", "", [], ["one", "two"], [[1, 2]], [-1], [10**6]])
+def test_a_prompt_that_is_none_is_refused(client, prompt):
     with pytest.raises(InvalidRequest):
         client.complete(prompt)
 
