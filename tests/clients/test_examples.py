@@ -1,6 +1,7 @@
 """Each of clients/examples runs as it stands and prints what the server says."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,10 @@ CHAT = [{"role": "user", "content": "Name three rivers."}]
 
 def run(interpreter: str, name: str, *arguments: str) -> str:
     command = [interpreter, str(EXAMPLES / name), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    beside_python = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # grpcurl
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | beside_python
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
