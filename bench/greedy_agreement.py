@@ -3,8 +3,8 @@
     python bench/greedy_agreement.py [MODEL_FOLDER]
 
 For each layout: continuations that are equal token for token; and where one differs, how far apart
-the two candidates were in the fp32 model's logits at that very place. In bf16 one step between
-neighbouring values of a logit near 16 is 0.125, so candidates closer than that are a toss-up that
+the two candidates were in the fp32 model's logits at that very place. In bf16 logits
+between 16 and 32 are 0.125 apart, so candidates closer than that are a toss-up that
 any other order of summation may decide the other way.
 """
 
