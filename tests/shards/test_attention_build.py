@@ -1,6 +1,6 @@
 """How the CPU kernel is compiled and cached; and the CUDA backend, as far as goes without a GPU."""
 
-import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import shardline_shards.attention
 from shardline_shards.attention import BACKENDS, KVLayer, PagedBatch
 from shardline_shards.attention.build import BuildError, build
 
@@ -65,10 +66,11 @@ def test_a_cache_that_cannot_be_written_is_named(
 
 
 def test_the_sources_lie_in_the_package() -> None:
-    import shardline_shards.attention as package
-
-    folder = Path(os.path.dirname(package.__file__)) / "csrc"
-    assert {path.name for path in folder.iterdir()} == {"paged_attention.cpp", "vector_math.h"}
+    folder = Path(shardline_shards.attention.__file__).parent / "csrc"
+    sources = {path.name: path.read_text() for path in folder.iterdir()}
+    assert "paged_attention.cpp" in sources
+    included = {name for text in sources.values() for name in re.findall(r'#include "(.*)"', text)}
+    assert included == sources.keys() - {"paged_attention.cpp"}
 
 
 class Recorder(TorchDispatchMode):

@@ -1,20 +1,9 @@
 // Causal attention over paged KV memory on CPUs, and the write into it.
 //
-// A task is a tile of query tokens of one sequence over a range of KV heads and keys. It walks over
-// its keys once, kKeys at a time, with the online softmax of FlashAttention
-// (https://arxiv.org/abs/2205.14135), and takes all query heads of a KV head together, so that each
-// key and value is read from memory once per tile. All arithmetic is fp32, whatever is stored.
-// What a task computes depends on its own sequence alone: not on the batch, not on the threads.
+// A task is a tile of query tokens of one sequence over a range of KV heads and keys. What it
+// computes depends on its own sequence alone: not on the batch, not on the threads.
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
-#define CPU_CAPABILITY AVX512
-#define CPU_CAPABILITY_AVX512
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#define CPU_CAPABILITY AVX2
-#define CPU_CAPABILITY_AVX2
-#else
-#define CPU_CAPABILITY DEFAULT
-#endif
+#include "walk.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -23,281 +12,13 @@
 
 #include <atomic>
 #include <cstring>
-#include <vector>
-
-#include "vector_math.h"
 
 namespace {
 
 using at::Tensor;
 
-constexpr int64_t kKeys = 64;        // keys in one turn of the walk
-constexpr int64_t kKeysAhead = 32;   // how far in front of the walk memory is fetched
-constexpr int64_t kTileRows = 48;    // query rows (tokens x heads of a KV head) aimed at in a tile
-constexpr int64_t kPieceKeys = 1024; // a lone query's keys are cut into pieces no shorter than this
-static_assert(kKeys % kLanes == 0);
-
-// ---- the problem and one thread's memory -------------------------------------------------------
-
-// kDim is the head size where the compiler may know it (that is a third of a decode's time), or 0.
-template <typename Scalar, int kDim>
-struct Problem {
-  using T = Scalar;
-
-  const T* query;  // [num_tokens, num_heads, head_dim], strides below
-  const T* key;    // [num_blocks, block_size, num_kv_heads, head_dim]
-  const T* value;  // likewise
-  T* output;       // [num_tokens, num_heads, head_dim]
-  const int32_t* query_start;
-  const int32_t* kv_lens;
-  const int32_t* block_tables;  // [num_sequences, max_blocks]
-  int64_t query_token_stride, query_head_stride;
-  int64_t num_sequences, num_blocks, block_size, max_blocks;
-  int64_t num_kv_heads, group, head_dim;
-  float scaling;
-  float softcap;   // 0: none
-  int64_t window;  // the largest distance that is seen, plus one
-
-  int64_t dim() const { return kDim == 0 ? head_dim : kDim; }
-  int64_t padded() const { return pad(dim()); }
-  int64_t query_len(int64_t i) const { return query_start[i + 1] - query_start[i]; }
-};
-
-struct Task {
-  int64_t sequence;
-  int64_t first_token, num_tokens;  // of the sequence's query tokens
-  int64_t head_begin, head_end;     // KV heads
-  int64_t key_begin, key_end;
-  int64_t piece, num_pieces;        // of the keys, when a lone query's are cut
-};
-
-// A task's state, row by row; the rows are heads x tokens x heads of the group.
-struct State {
-  std::vector<float> output;  // [rows, padded], not yet divided by `sum`
-  std::vector<float> best;    // [rows], largest score so far
-  std::vector<float> sum;     // [rows], sum of exp(score - best)
-
-  void reset(int64_t rows, int64_t padded) {
-    output.assign(rows * padded, 0.f);
-    best.assign(rows, kNegativeInfinity);
-    sum.assign(rows, 0.f);
-  }
-};
-
-struct Scratch {
-  State state;
-  std::vector<float> query;   // [rows, head_dim], scaled
-  std::vector<float> scores;  // [rows of a head, kKeys]
-  std::vector<float> rows;    // [kLanes, padded]
-  std::vector<float> keys;    // [padded, kKeys]: turned round
-  std::vector<float> values;  // [kKeys, padded]
-  int64_t offsets[kKeys + kKeysAhead];  // where in the pools each key's first head starts
-
-  void reset(int64_t rows, int64_t padded) {
-    state.reset(rows, padded);
-    query.resize(rows * padded);
-    scores.resize(rows * kKeys);
-    this->rows.resize(kLanes * padded);
-    keys.resize(padded * kKeys);
-    values.resize(kKeys * padded);
-  }
-};
-
-// Not inlined, or gcc asks for the thread's address again in every turn of the inner loops.
-C10_NOINLINE Scratch& thread_scratch() {
-  thread_local Scratch scratch;
-  return scratch;
-}
-
-// ---- one task ----------------------------------------------------------------------------------
-
-template <typename P>
-void load_queries(const P& p, const Task& task, Scratch& s) {
-  const int64_t first = p.query_start[task.sequence] + task.first_token;
-  float* out = s.query.data();
-  for (int64_t head = task.head_begin * p.group; head < task.head_end * p.group; head += p.group) {
-    for (int64_t token = first; token < first + task.num_tokens; ++token) {
-      for (int64_t g = 0; g < p.group; ++g, out += p.dim()) {
-        const auto* row = p.query + token * p.query_token_stride + (head + g) * p.query_head_stride;
-        for (int64_t i = 0; i < p.dim(); ++i) {
-          out[i] = static_cast<float>(row[i]) * p.scaling;
-        }
-      }
-    }
-  }
-}
-
-// Offsets of the keys from `start` on; past the last key the last one is repeated.
-template <typename P>
-void find_keys(const P& p, const Task& task, int64_t start, Scratch& s) {
-  const int32_t* table = p.block_tables + task.sequence * p.max_blocks;
-  const int64_t stride = p.num_kv_heads * p.dim();
-  const int64_t count = std::min(kKeys + kKeysAhead, task.key_end - start);
-  int64_t place = start % p.block_size;
-  for (int64_t j = 0, index = start / p.block_size; j < count; ++index, place = 0) {
-    const int64_t block = table[index];
-    TORCH_CHECK(block >= 0 && block < p.num_blocks, "block ", block, " does not exist");
-    const int64_t first = (block * p.block_size + place) * stride;
-    const int64_t end = std::min(count, j + p.block_size - place);
-    for (int64_t i = 0; j < end; ++i, ++j) {
-      s.offsets[j] = first + i * stride;
-    }
-  }
-  std::fill(s.offsets + count, s.offsets + kKeys + kKeysAhead, s.offsets[count - 1]);
-}
-
-// Scores of a tile: the keys are turned round first, so that a vector holds one dim of many keys.
-template <typename P>
-void score_tile(
-    const P& p, const float* query, int64_t head, int64_t rows, int64_t count, Scratch& s) {
-  for (int64_t j = 0; j < count; j += kLanes) {
-    for (int64_t r = 0; r < std::min(kLanes, count - j); ++r) {
-      const auto* key = p.key + s.offsets[j + r] + head * p.dim();
-      widen_row(key, s.rows.data() + r * p.padded(), p.dim());
-    }
-    for (int64_t i = 0; i < p.padded(); i += kLanes) {
-      at::vec::transpose_mxn<float, kLanes, kLanes>(
-          s.rows.data() + i, p.padded(), s.keys.data() + i * kKeys + j, kKeys);
-    }
-  }
-  const auto keys = [from = s.keys.data()](int64_t k, int64_t j) {
-    return Vec::loadu(from + k * kKeys + j);
-  };
-  multiply<false>(query, p.dim(), keys, s.scores.data(), kKeys, rows, pad(count), p.dim());
-}
-
-// Scores of a lone query: turning the keys round would cost more than it saves.
-template <typename P>
-void score_one(
-    const P& p, const float* query, int64_t head, int64_t rows, int64_t count, Scratch& s) {
-  const int64_t dim = p.dim();
-  const auto* keys = p.key + head * dim;
-  for (int64_t j = 0; j < count; ++j) {
-    prefetch_row(keys + s.offsets[j + kKeysAhead], dim);
-    const auto* key = keys + s.offsets[j];
-    float* out = s.scores.data() + j;
-    int64_t r = 0;
-    for (; r + 3 <= rows; r += 3) {
-      dot_rows<3>(query + r * dim, dim, key, out + r * kKeys, kKeys, dim);
-    }
-    for (; r < rows; ++r) {
-      dot_rows<1>(query + r * dim, dim, key, out + r * kKeys, kKeys, dim);
-    }
-  }
-}
-
-// Turns the scores of the keys [start, start + count) into weights, and rescales the state to them.
-template <typename P>
-void weigh(
-    const P& p, const Task& task, int64_t first_row, int64_t start, int64_t count, Scratch& s) {
-  const int64_t offset = p.kv_lens[task.sequence] - p.query_len(task.sequence) + task.first_token;
-  State& state = s.state;
-  for (int64_t r = 0; r < task.num_tokens * p.group; ++r) {
-    float* scores = s.scores.data() + r * kKeys;
-    const int64_t position = offset + r / p.group - start;
-    const int64_t begin = std::clamp<int64_t>(position - p.window + 1, 0, count);
-    const int64_t end = std::clamp<int64_t>(position + 1, begin, count);
-    if (begin == end) {
-      std::fill(scores, scores + count, 0.f);
-      continue;
-    }
-    if (p.softcap > 0.f) {
-      soft_cap(scores, pad(count), p.softcap);
-    }
-    std::fill(scores, scores + begin, kNegativeInfinity);
-    std::fill(scores + end, scores + pad(count), kNegativeInfinity);
-    float& best = state.best[first_row + r];
-    float& sum = state.sum[first_row + r];
-    const float new_best = largest(scores, pad(count), best);
-    const float shrink = std::exp(best - new_best);
-    sum = sum * shrink + soften(scores, pad(count), new_best);
-    best = new_best;
-    if (shrink != 1.f) {
-      scale_row(state.output.data() + (first_row + r) * p.padded(), shrink, p.padded());
-    }
-  }
-}
-
-template <typename P>
-void add_values(
-    const P& p, const Task& task, int64_t head, float* output, int64_t count, Scratch& s) {
-  const int64_t rows = task.num_tokens * p.group;
-  const auto* from = p.value + head * p.dim();
-  const int64_t* offsets = s.offsets;
-  if (task.num_tokens == 1 && p.dim() % kLanes == 0) {
-    const auto in_place = [from, offsets](int64_t k, int64_t j) {
-      prefetch_row(from + offsets[k + kKeysAhead] + j, kLanes);
-      return load_wide(from + offsets[k] + j);
-    };
-    multiply<true>(
-        s.scores.data(), kKeys, in_place, output, p.padded(), rows, p.padded(), count);
-    return;
-  }
-  for (int64_t j = 0; j < count; ++j) {
-    widen_row(from + offsets[j], s.values.data() + j * p.padded(), p.dim());
-  }
-  const auto widened = [&p, values = s.values.data()](int64_t k, int64_t j) {
-    return Vec::loadu(values + k * p.padded() + j);
-  };
-  multiply<true>(s.scores.data(), kKeys, widened, output, p.padded(), rows, p.padded(), count);
-}
-
-template <typename P>
-void run_task(const P& p, const Task& task, Scratch& s) {
-  const int64_t rows = task.num_tokens * p.group;
-  s.reset(rows * (task.head_end - task.head_begin), p.padded());
-  load_queries(p, task, s);
-  for (int64_t start = task.key_begin; start < task.key_end; start += kKeys) {
-    const int64_t count = std::min(kKeys, task.key_end - start);
-    find_keys(p, task, start, s);
-    for (int64_t head = task.head_begin; head < task.head_end; ++head) {
-      const int64_t first_row = (head - task.head_begin) * rows;
-      const float* query = s.query.data() + first_row * p.dim();
-      if (task.num_tokens == 1) {
-        score_one(p, query, head, rows, count, s);
-      } else {
-        score_tile(p, query, head, rows, count, s);
-      }
-      weigh(p, task, first_row, start, count, s);
-      add_values(p, task, head, s.state.output.data() + first_row * p.padded(), count, s);
-    }
-  }
-}
-
-template <typename P>
-void store_output(const P& p, const Task& task, const State& state) {
-  using T = typename P::T;
-  const int64_t first = p.query_start[task.sequence] + task.first_token;
-  const float* from = state.output.data();
-  int64_t row = 0;
-  for (int64_t head = task.head_begin * p.group; head < task.head_end * p.group; head += p.group) {
-    for (int64_t token = first; token < first + task.num_tokens; ++token) {
-      T* out = p.output + (token * p.num_kv_heads * p.group + head) * p.dim();
-      for (int64_t g = 0; g < p.group; ++g, ++row, out += p.dim(), from += p.padded()) {
-        const float share = 1.f / state.sum[row];
-        for (int64_t i = 0; i < p.dim(); ++i) {
-          out[i] = static_cast<T>(from[i] * share);
-        }
-      }
-    }
-  }
-}
-
-// Adds the state over some keys to the state over others.
-void merge(State& into, const State& piece, int64_t padded) {
-  for (size_t row = 0; row < into.best.size(); ++row) {
-    const float best = std::max(into.best[row], piece.best[row]);
-    const float keep = std::exp(into.best[row] - best);
-    const float take = std::exp(piece.best[row] - best);
-    into.best[row] = best;
-    into.sum[row] = into.sum[row] * keep + piece.sum[row] * take;
-    for (size_t i = row * padded; i < (row + 1) * padded; ++i) {
-      into.output[i] = into.output[i] * keep + piece.output[i] * take;
-    }
-  }
-}
-
-// ---- all tasks ---------------------------------------------------------------------------------
+constexpr int64_t kTileRows = 48;     // rows (tokens x heads of a KV head) aimed at in a tile
+constexpr int64_t kPieceKeys = 1024;  // a lone query's keys are cut into pieces at least so long
 
 // A lone query takes all KV heads, so that KV memory is read as one stream, and a long one is cut
 // over its keys. The tiles of a chunk take one head each and stay within the cache; the last tiles
@@ -461,7 +182,8 @@ void write_rows(const Tensor& rows, const Tensor& pool, const Tensor& slots) {
   T* to = pool.mutable_data_ptr<T>();
   const int64_t* slot = slots.const_data_ptr<int64_t>();
   for (int64_t token = 0; token < slots.size(0); ++token) {
-    TORCH_CHECK(slot[token] >= 0 && slot[token] < num_slots, "slot ", slot[token], " of ", num_slots);
+    TORCH_CHECK(
+        slot[token] >= 0 && slot[token] < num_slots, "slot ", slot[token], " of ", num_slots);
     for (int64_t head = 0; head < heads; ++head) {
       std::memcpy(
           to + (slot[token] * heads + head) * dim,

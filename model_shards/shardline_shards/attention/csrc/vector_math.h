@@ -1,7 +1,18 @@
 // The small dense pieces that attention is made of, in fp32, on torch's portable vectors.
-// Rows are contiguous; "padded" sizes are multiples of kLanes.
+// Rows are contiguous; "padded" sizes are multiples of kLanes. Much is inlined by force: without
+// that a decode takes a third longer.
 
 #pragma once
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define CPU_CAPABILITY AVX512
+#define CPU_CAPABILITY_AVX512
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define CPU_CAPABILITY AVX2
+#define CPU_CAPABILITY_AVX2
+#else
+#define CPU_CAPABILITY DEFAULT
+#endif
 
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
@@ -66,38 +77,46 @@ C10_ALWAYS_INLINE float max_lanes(const Vec& x) {
   return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return larger(a, b); }, x);
 }
 
-// out[r * ldo] = rows[r, 0..size) . key[0..size) for r < kRows
+// The sums of the lanes of kLanes vectors, in order; `x` is used up.
+C10_ALWAYS_INLINE Vec sum_lanes_of_each(Vec* x) {
+#pragma GCC unroll 4
+  for (int64_t n = kLanes / 2; n > 0; n /= 2) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < n; ++i) {
+      const auto [low, high] = at::vec::interleave2(x[i], x[i + n]);
+      x[i] = low + high;
+    }
+  }
+  return x[0];
+}
+
+// sums[r][key] = rows[r, 0..size) * key[0..size), not yet summed over the lanes; `size` is padded
 template <int kRows, typename T>
 C10_ALWAYS_INLINE void dot_rows(
-    const float* rows, int64_t ldr, const T* key, float* out, int64_t ldo, int64_t size) {
+    const float* rows, int64_t size, const T* key, Vec (*sums)[kLanes], int64_t place) {
   Vec sum[kRows];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
     sum[r] = Vec(0.f);
   }
-  int64_t i = 0;
 #pragma GCC unroll 8
-  for (; i + kLanes <= size; i += kLanes) {
+  for (int64_t i = 0; i < size; i += kLanes) {
     const Vec wide = load_wide(key + i);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      sum[r] = at::vec::fmadd(Vec::loadu(rows + r * ldr + i), wide, sum[r]);
+      sum[r] = at::vec::fmadd(Vec::loadu(rows + r * size + i), wide, sum[r]);
     }
   }
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
-    float rest = 0.f;
-    for (int64_t j = i; j < size; ++j) {
-      rest += rows[r * ldr + j] * static_cast<float>(key[j]);
-    }
-    out[r * ldo] = sum_lanes(sum[r]) + rest;
+    sums[r][place] = sum[r];
   }
 }
 
 // c[kRows, kColumns vectors] = a[kRows, depth] * b (+ c), where b(k, j) is the vector of row k at
 // column j; `first` is the first column.
 template <int kRows, int kColumns, bool kAccumulate, typename Right>
-void multiply_tile(
+C10_ALWAYS_INLINE void multiply_tile(
     const float* a, int64_t lda, const Right& b, int64_t first, float* c, int64_t ldc,
     int64_t depth) {
   Vec sum[kRows][kColumns];
@@ -133,7 +152,7 @@ void multiply_tile(
 }
 
 template <int kRows, bool kAccumulate, typename Right>
-void multiply_rows(
+C10_ALWAYS_INLINE void multiply_rows(
     const float* a, int64_t lda, const Right& b, float* c, int64_t ldc, int64_t columns,
     int64_t depth) {
   constexpr int kWide = kRows <= 3 ? 4 : 2;  // sums that the 16 registers of AVX2 just hold
@@ -148,7 +167,7 @@ void multiply_rows(
 
 // c[rows, columns] = a[rows, depth] * b (+ c), `columns` padded, b as above
 template <bool kAccumulate, typename Right>
-void multiply(
+C10_ALWAYS_INLINE void multiply(
     const float* a, int64_t lda, const Right& b, float* c, int64_t ldc, int64_t rows,
     int64_t columns, int64_t depth) {
   for (; rows >= 6; rows -= 6, a += 6 * lda, c += 6 * ldc) {

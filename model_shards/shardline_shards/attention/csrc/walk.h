@@ -1,0 +1,236 @@
+// One task: a walk over some keys of a sequence, kKeys at a time, with the online softmax of
+// FlashAttention (https://arxiv.org/abs/2205.14135). All query heads of a KV head go together, so
+// that each key and value is read from memory once. All arithmetic is fp32, whatever is stored.
+
+#pragma once
+
+#include <c10/util/Exception.h>
+
+#include "problem.h"
+
+namespace {
+
+template <typename P>
+void load_queries(const P& p, const Task& task, Scratch& s) {
+  const int64_t first = p.query_start[task.sequence] + task.first_token;
+  float* out = s.query.data();
+  for (int64_t head = task.head_begin * p.group; head < task.head_end * p.group; head += p.group) {
+    for (int64_t token = first; token < first + task.num_tokens; ++token) {
+      for (int64_t g = 0; g < p.group; ++g, out += p.dim()) {
+        const auto* row = p.query + token * p.query_token_stride + (head + g) * p.query_head_stride;
+        for (int64_t i = 0; i < p.dim(); ++i) {
+          out[i] = static_cast<float>(row[i]) * p.scaling;
+        }
+      }
+    }
+  }
+}
+
+// Offsets of the keys from `start` on; past the last key the last one is repeated.
+template <typename P>
+void find_keys(const P& p, const Task& task, int64_t start, Scratch& s) {
+  const int32_t* table = p.block_tables + task.sequence * p.max_blocks;
+  const int64_t stride = p.num_kv_heads * p.dim();
+  const int64_t count = std::min(kKeys + kKeysAhead, task.key_end - start);
+  int64_t place = start % p.block_size;
+  for (int64_t j = 0, index = start / p.block_size; j < count; ++index, place = 0) {
+    const int64_t block = table[index];
+    TORCH_CHECK(block >= 0 && block < p.num_blocks, "block ", block, " does not exist");
+    const int64_t first = (block * p.block_size + place) * stride;
+    const int64_t end = std::min(count, j + p.block_size - place);
+    for (int64_t i = 0; j < end; ++i, ++j) {
+      s.offsets[j] = first + i * stride;
+    }
+  }
+  std::fill(s.offsets + count, s.offsets + kKeys + kKeysAhead, s.offsets[count - 1]);
+}
+
+// Scores of a tile: the keys are turned round first, so that a vector holds one dim of many keys.
+template <typename P>
+void score_tile(
+    const P& p, const float* query, int64_t head, int64_t rows, int64_t count, Scratch& s) {
+  for (int64_t j = 0; j < count; j += kLanes) {
+    for (int64_t r = 0; r < std::min(kLanes, count - j); ++r) {
+      const auto* key = p.key + s.offsets[j + r] + head * p.dim();
+      widen_row(key, s.rows.data() + r * p.padded(), p.dim());
+    }
+    for (int64_t i = 0; i < p.padded(); i += kLanes) {
+      at::vec::transpose_mxn<float, kLanes, kLanes>(
+          s.rows.data() + i, p.padded(), s.keys.data() + i * kKeys + j, kKeys);
+    }
+  }
+  const auto keys = [from = s.keys.data()](int64_t k, int64_t j) {
+    return Vec::loadu(from + k * kKeys + j);
+  };
+  multiply<false>(query, p.dim(), keys, s.scores.data(), kKeys, rows, pad(count), p.dim());
+}
+
+// Turns the scores of the keys [start, start + count) into weights, and rescales the state to them.
+template <typename P>
+void weigh(
+    const P& p, const Task& task, int64_t first_row, int64_t start, int64_t count, float* scores,
+    State& state) {
+  const int64_t offset = p.kv_lens[task.sequence] - p.query_len(task.sequence) + task.first_token;
+  for (int64_t r = 0; r < task.num_tokens * p.group; ++r, scores += kKeys) {
+    const int64_t position = offset + r / p.group - start;
+    const int64_t begin = std::clamp<int64_t>(position - p.window + 1, 0, count);
+    const int64_t end = std::clamp<int64_t>(position + 1, begin, count);
+    if (begin == end) {
+      std::fill(scores, scores + count, 0.f);
+      continue;
+    }
+    if (p.softcap > 0.f) {
+      soft_cap(scores, pad(count), p.softcap);
+    }
+    std::fill(scores, scores + begin, kNegativeInfinity);
+    std::fill(scores + end, scores + pad(count), kNegativeInfinity);
+    float& best = state.best[first_row + r];
+    float& sum = state.sum[first_row + r];
+    const float new_best = largest(scores, pad(count), best);
+    const float shrink = std::exp(best - new_best);
+    sum = sum * shrink + soften(scores, pad(count), new_best);
+    best = new_best;
+    if (shrink != 1.f) {
+      scale_row(state.output.data() + (first_row + r) * p.padded(), shrink, p.padded());
+    }
+  }
+}
+
+template <typename P>
+void add_tile(const P& p, int64_t head, float* output, int64_t rows, int64_t count, Scratch& s) {
+  for (int64_t j = 0; j < count; ++j) {
+    const auto* value = p.value + s.offsets[j] + head * p.dim();
+    widen_row(value, s.values.data() + j * p.padded(), p.dim());
+  }
+  const auto values = [&p, from = s.values.data()](int64_t k, int64_t j) {
+    return Vec::loadu(from + k * p.padded() + j);
+  };
+  multiply<true>(s.scores.data(), kKeys, values, output, p.padded(), rows, p.padded(), count);
+}
+
+// One turn of the walk for a tile of queries: head by head, on widened copies of keys and values.
+template <typename P>
+void attend_tile(const P& p, const Task& task, int64_t start, int64_t count, Scratch& s) {
+  const int64_t rows = task.num_tokens * p.group;
+  for (int64_t head = task.head_begin; head < task.head_end; ++head) {
+    const int64_t first_row = (head - task.head_begin) * rows;
+    score_tile(p, s.query.data() + first_row * p.dim(), head, rows, count, s);
+    weigh(p, task, first_row, start, count, s.scores.data(), s.state);
+    add_tile(p, head, s.state.output.data() + first_row * p.padded(), rows, count, s);
+  }
+}
+
+// Scores of kRows rows against the keys at `offsets`, as many as a vector has lanes.
+template <int kRows, typename P>
+C10_ALWAYS_INLINE void score_rows(
+    const P& p, const float* query, const typename P::T* keys, const int64_t* offsets, float* out) {
+  Vec sums[kRows][kLanes];
+  for (int64_t k = 0; k < kLanes; ++k) {
+    prefetch_row(keys + offsets[k + kKeysAhead], p.dim());
+    dot_rows<kRows>(query, p.dim(), keys + offsets[k], sums, k);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    sum_lanes_of_each(sums[r]).store(out + r * kKeys);
+  }
+}
+
+template <typename P>
+C10_ALWAYS_INLINE void score_lone(const P& p, const Task& task, int64_t first_key, Scratch& s) {
+  const float* query = s.query.data();
+  const int64_t* offsets = s.offsets + first_key;
+  float* out = s.scores.data() + first_key;
+  for (int64_t head = task.head_begin; head < task.head_end; ++head) {
+    const auto* keys = p.key + head * p.dim();
+    int64_t rows = p.group;
+    for (; rows >= 3; rows -= 3, query += 3 * p.dim(), out += 3 * kKeys) {
+      score_rows<3>(p, query, keys, offsets, out);
+    }
+    for (; rows >= 1; rows -= 1, query += p.dim(), out += kKeys) {
+      score_rows<1>(p, query, keys, offsets, out);
+    }
+  }
+}
+
+template <typename P>
+C10_ALWAYS_INLINE void add_lone(
+    const P& p, const Task& task, int64_t first_key, int64_t count, Scratch& s) {
+  const int64_t* offsets = s.offsets + first_key;
+  for (int64_t head = task.head_begin; head < task.head_end; ++head) {
+    const int64_t first_row = (head - task.head_begin) * p.group;
+    const auto values = [from = p.value + head * p.dim(), offsets](int64_t k, int64_t j) {
+      prefetch_row(from + offsets[k + kKeysAhead] + j, kLanes);
+      return load_wide(from + offsets[k] + j);
+    };
+    multiply<true>(
+        s.scores.data() + first_row * kKeys + first_key, kKeys, values,
+        s.state.output.data() + first_row * p.padded(), p.padded(), p.group, p.padded(), count);
+  }
+}
+
+// One turn of the walk for a lone query. Here all depends on reading memory without a pause: keys
+// and values are used where they lie, all heads of some tokens before the next tokens, and what
+// comes next is fetched in small steps between the computing.
+template <typename P>
+void attend_lone(const P& p, const Task& task, int64_t start, int64_t count, Scratch& s) {
+  for (int64_t j = 0; j < count; j += kLanes) {
+    score_lone(p, task, j, s);
+  }
+  const int64_t num_rows = (task.head_end - task.head_begin) * p.group;
+  for (int64_t row = 0; row < num_rows; row += p.group) {
+    weigh(p, task, row, start, count, s.scores.data() + row * kKeys, s.state);
+  }
+  for (int64_t j = 0; j < count; j += kGroupKeys) {
+    add_lone(p, task, j, std::min(kGroupKeys, count - j), s);
+  }
+}
+
+template <typename P>
+void run_task(const P& p, const Task& task, Scratch& s) {
+  s.reset(task.num_tokens * p.group * (task.head_end - task.head_begin), p.padded());
+  load_queries(p, task, s);
+  for (int64_t start = task.key_begin; start < task.key_end; start += kKeys) {
+    const int64_t count = std::min(kKeys, task.key_end - start);
+    find_keys(p, task, start, s);
+    if (task.num_tokens == 1 && p.dim() % kLanes == 0) {
+      attend_lone(p, task, start, count, s);
+    } else {
+      attend_tile(p, task, start, count, s);
+    }
+  }
+}
+
+template <typename P>
+void store_output(const P& p, const Task& task, const State& state) {
+  using T = typename P::T;
+  const int64_t first = p.query_start[task.sequence] + task.first_token;
+  const float* from = state.output.data();
+  int64_t row = 0;
+  for (int64_t head = task.head_begin * p.group; head < task.head_end * p.group; head += p.group) {
+    for (int64_t token = first; token < first + task.num_tokens; ++token) {
+      T* out = p.output + (token * p.num_kv_heads * p.group + head) * p.dim();
+      for (int64_t g = 0; g < p.group; ++g, ++row, out += p.dim(), from += p.padded()) {
+        const float share = 1.f / state.sum[row];
+        for (int64_t i = 0; i < p.dim(); ++i) {
+          out[i] = static_cast<T>(from[i] * share);
+        }
+      }
+    }
+  }
+}
+
+// Adds the state over some keys to the state over others.
+void merge(State& into, const State& piece, int64_t padded) {
+  for (size_t row = 0; row < into.best.size(); ++row) {
+    const float best = std::max(into.best[row], piece.best[row]);
+    const float keep = std::exp(into.best[row] - best);
+    const float take = std::exp(piece.best[row] - best);
+    into.best[row] = best;
+    into.sum[row] = into.sum[row] * keep + piece.sum[row] * take;
+    for (size_t i = row * padded; i < (row + 1) * padded; ++i) {
+      into.output[i] = into.output[i] * keep + piece.output[i] * take;
+    }
+  }
+}
+
+}  // namespace
