@@ -10,12 +10,20 @@ import torch
 import zmq
 from torch import Tensor
 
-from shardline_scheduler.plan import PromptLogprobs, SampledToken, StepPlan, StepResult
+from shardline_scheduler.plan import (
+    NewRequest,
+    PromptLogprobs,
+    SampledToken,
+    SamplingParams,
+    ScheduledRequest,
+    StepPlan,
+    StepResult,
+)
 from shardline_shards.attention import KVShape, allocate_kv, select_backend
 from shardline_shards.batch import BatchBuilder, RequestTable, StepBatch
 from shardline_shards.checkpoint import LoadReport, load_dummy, load_weights
 from shardline_shards.distributed import Communicators, host_store, join_store
-from shardline_shards.errors import ShardError
+from shardline_shards.errors import ShardError, UnsupportedModel
 from shardline_shards.layout import deal_heads
 from shardline_shards.messages import (
     Allocate,
@@ -79,6 +87,7 @@ class Worker:
         stage_model, report = self._load()
         self.stage = Stage(stage_model, self.device)
         self._allocate(report)
+        self._try_out()
         self.channel.send(Ready(self.rank))
         while not isinstance(message := self.channel.receive(), Stop):
             assert isinstance(message, StepPlan)
@@ -142,6 +151,16 @@ class Worker:
         kv_layers = allocate_kv(layers, allocate.num_kv_blocks, shape, self.device)
         self.batches = BatchBuilder(kv_layers, shape.block_size, backend, self.device)
 
+    def _try_out(self) -> None:
+        """Compute one token, over all ranks: what cannot be served shows now, not at a request."""
+        sampling = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
+        new, part = NewRequest(-1, [0], 1, sampling), ScheduledRequest(-1, 0, 1, [], [0], True)
+        try:
+            self._compute(StepPlan(-1, [], [new], [part]))
+        except NotImplementedError as error:
+            raise UnsupportedModel(str(error)) from error
+        self.requests.apply(StepPlan(-1, [-1], [], []))
+
     def _kv_shape(self) -> KVShape:
         model_config, config = self.stage.config, self.config
         num_query = model_config.num_attention_heads
@@ -156,15 +175,20 @@ class Worker:
         )
 
     def _execute(self, plan: StepPlan) -> None:
+        result = self._compute(plan)
+        if result is not None:
+            self.channel.send(result)
+
+    def _compute(self, plan: StepPlan) -> StepResult | None:
+        """Carry out a plan; the result, on the rank that draws tokens."""
         self.requests.apply(plan)
-        if not plan.scheduled:
-            return
         batch = self.batches.build(plan, self.requests)
         output = self.stage.run(batch, self._receive_hidden(batch))
         if self.communicators.next is not None:
             self.communicators.next.send(output)
         elif self.config.place.tp_rank == 0:
-            self.channel.send(self._draw(plan.step_id, batch, output))
+            return self._draw(plan.step_id, batch, output)
+        return None
 
     def _receive_hidden(self, batch: StepBatch) -> Tensor | None:
         link = self.communicators.previous

@@ -44,6 +44,7 @@ def plan_engine(settings: ServeSettings, model_path: Path) -> EngineConfig:
     layout = plan_layout(settings, facts)
     host, nodes = plan_nodes(settings)
     _check_is_ours(host)
+    device = choose_device(settings.device, layout.world_size)
     auto_dtype = facts.dtype or "bfloat16"
     return EngineConfig(
         parent_pid=os.getpid(),
@@ -52,14 +53,14 @@ def plan_engine(settings: ServeSettings, model_path: Path) -> EngineConfig:
         load_format=settings.load_format,
         layout=layout,
         dtype=auto_dtype if settings.dtype == "auto" else settings.dtype,
-        device=choose_device(settings.device, layout.world_size),
+        device=device,
         seed=settings.seed,
         vocab_size=facts.vocab_size,
         max_model_len=settings.max_model_len or facts.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_num_waiting=settings.max_num_waiting,
-        block_size=settings.block_size,
+        block_size=choose_block_size(settings.block_size, device),
         kv_memory_bytes=int(settings.kv_memory) if settings.kv_memory else None,
         num_kv_blocks=settings.num_kv_blocks,
         enable_prefix_caching=settings.enable_prefix_caching,
@@ -93,6 +94,14 @@ def _check_is_ours(host: str) -> None:
             f"{host} is no address of this host ({error.strerror}); engine and workers need one: "
             "see --internal-host, or --rendezvous for several nodes"
         ) from error
+
+
+def choose_block_size(wanted: int | None, device: str) -> int:
+    """Tokens in a block; the paged kernel on CUDA reads whole pages of 256."""
+    unit = 256 if device == "cuda" else 1
+    if wanted is not None and wanted % unit:
+        raise ConfigError(f"--block-size {wanted}: on CUDA it has to be a multiple of {unit}")
+    return wanted or max(unit, 16)
 
 
 def choose_device(wanted: str, num_workers: int) -> str:

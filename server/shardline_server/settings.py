@@ -113,8 +113,8 @@ class ServeSettings(BaseSettings):
         300, description="how long to wait for the other nodes"
     )
 
-    block_size: Annotated[Count, Flag("Memory and scheduling", "TOKENS")] = Field(
-        16, description="tokens in a block of KV memory"
+    block_size: Annotated[Count | None, Flag("Memory and scheduling", "TOKENS")] = Field(
+        None, description="tokens in a block of KV memory [default: 16, on CUDA 256]"
     )
     kv_memory: Annotated[ByteSize | None, Flag("Memory and scheduling", "SIZE")] = Field(
         None, gt=0, description="KV memory of each worker, as 2GiB [default: from free memory]"

@@ -156,6 +156,21 @@ def test_no_gpu(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         choose_device("cuda", 2)
 
 
+def test_blocks_are_pages_on_cuda() -> None:
+    from shardline_server.engine_launch import choose_block_size
+
+    assert choose_block_size(None, "cpu") == 16
+    assert choose_block_size(None, "cuda") == 256
+    with pytest.raises(ConfigError, match="multiple of 256"):
+        choose_block_size(16, "cuda")
+
+
+def test_attention_that_is_not_served_is_refused_at_start(copied: Path) -> None:
+    """Phimoe-like: a window that only the mask knows about, so attention refuses at first use."""
+    edit_config(copied, sliding_window=8)
+    assert "through its mask" in refusal(copied)
+
+
 @pytest.mark.parametrize("option", ["--port", "--grpc-port"])
 def test_a_port_in_use(tiny_model: Path, option: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
