@@ -1,5 +1,6 @@
 """Requests, KV blocks, step planning. No torch, no asyncio, no I/O, no clock of its own."""
 
+from .budget import BudgetOutcome, BudgetPrediction, LatencyBudget, OnMiss, Priority
 from .config import SchedulerConfig
 from .cost import StepCost, StepLoad, TokenBudget
 from .errors import DuplicateRequest, QueueFull, RequestTooLong, SchedulerError
@@ -10,10 +11,15 @@ from .scheduler import Scheduler
 
 __all__ = [
     "POLICIES",
+    "BudgetOutcome",
+    "BudgetPrediction",
     "DuplicateRequest",
     "Fcfs",
     "FinishReason",
+    "LatencyBudget",
+    "OnMiss",
     "Policy",
+    "Priority",
     "QueueFull",
     "Request",
     "RequestOutput",

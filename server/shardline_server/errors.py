@@ -6,6 +6,10 @@ ShardlineError
 ├── AuthenticationFailed      401 UNAUTHENTICATED
 ├── ModelNotFound             404 NOT_FOUND
 ├── QueueFull                 503 RESOURCE_EXHAUSTED   come back later
+├── BudgetUnmet               503 RESOURCE_EXHAUSTED   its budget cannot be kept now
+├── BudgetImpossible          422 INVALID_ARGUMENT     no server, however empty, could keep it
+├── TenantQuotaExceeded       429 RESOURCE_EXHAUSTED   this tenant has its share already
+├── DeadlineMissed            504 DEADLINE_EXCEEDED    accepted, and ended before its first token
 ├── EngineUnavailable         503 UNAVAILABLE          not ready yet, leaving, or dead
 ├── RequestFailed             500 INTERNAL             accepted, then failed
 └── ConfigError               at start only            the operator can mend it; no traceback
@@ -65,6 +69,42 @@ class QueueFull(ShardlineError):
     grpc_code = "RESOURCE_EXHAUSTED"
     type = "overloaded_error"
     code = "queue_full"
+
+
+class BudgetUnmet(ShardlineError):
+    """What runs and waits already leaves no room to keep the latency budget."""
+
+    http_status = 503
+    grpc_code = "RESOURCE_EXHAUSTED"
+    type = "overloaded_error"
+    code = "budget_unmet"
+
+
+class BudgetImpossible(ShardlineError):
+    """The latency budget is below what an empty server needs."""
+
+    http_status = 422
+    grpc_code = "INVALID_ARGUMENT"
+    type = "invalid_request_error"
+    code = "budget_impossible"
+
+
+class TenantQuotaExceeded(ShardlineError):
+    """The server is busy, and this tenant has its fair share of it."""
+
+    http_status = 429
+    grpc_code = "RESOURCE_EXHAUSTED"
+    type = "rate_limit_error"
+    code = "tenant_quota_exceeded"
+
+
+class DeadlineMissed(ShardlineError):
+    """A hard budget became impossible to keep after the request was accepted."""
+
+    http_status = 504
+    grpc_code = "DEADLINE_EXCEEDED"
+    type = "timeout_error"
+    code = "deadline_missed"
 
 
 class EngineUnavailable(ShardlineError):

@@ -8,6 +8,7 @@ ends, each with its own identity.
 
 from msgspec import Struct
 
+from shardline_scheduler.budget import BudgetOutcome, BudgetPrediction, LatencyBudget
 from shardline_scheduler.plan import SamplingParams, TokenLogprobs
 from shardline_scheduler.request import FinishReason as FinishReason
 
@@ -17,17 +18,30 @@ class Hello(Struct, frozen=True, tag=True):
 
 
 class Submit(Struct, frozen=True, tag=True):
-    """A new request: prompt token ids and how to sample. `request_id` is unique per front end."""
+    """A new request: prompt token ids and how to sample. `request_id` is unique per front end.
+
+    `tenant` is who shares are counted for: the name of the API key, or what a header says.
+    """
 
     request_id: str
     token_ids: list[int]
     sampling: SamplingParams
+    budget: LatencyBudget = LatencyBudget()
+    tenant: str = ""
 
 
 class Abort(Struct, frozen=True, tag=True):
     """The client does not want this request any more; no Delta follows for it."""
 
     request_id: str
+
+
+class Refusal(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a refused client needs beside the message: when to come back, and what was asked for."""
+
+    retry_after_s: float | None = None
+    asked: LatencyBudget | None = None
+    predicted: BudgetPrediction | None = None
 
 
 class Delta(Struct, frozen=True, array_like=True):
@@ -37,7 +51,8 @@ class Delta(Struct, frozen=True, array_like=True):
     before the first token; prompt token 0 has none, so the first entry belongs to prompt token 1.
     The terminal record has a `finish_reason`; with "error" (or a refusal) also `error_code` (the
     name of an exception class of `errors`) and `error_message`. `num_cached_tokens` counts the
-    prompt tokens that came from the prefix cache; every Delta carries it.
+    prompt tokens that came from the prefix cache; every Delta carries it. `refusal` says more about
+    an error that the client can wait out, `budget` on a terminal record how the request went.
     """
 
     request_id: str
@@ -49,6 +64,8 @@ class Delta(Struct, frozen=True, array_like=True):
     error_code: str | None
     error_message: str | None
     num_cached_tokens: int
+    refusal: Refusal | None = None
+    budget: BudgetOutcome | None = None
 
 
 class EngineStats(Struct, frozen=True, array_like=True):
