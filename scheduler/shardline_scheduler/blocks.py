@@ -74,6 +74,12 @@ class BlockPool:
             else:
                 self._free.append(block_id)
 
+    def forget_contents(self) -> None:
+        """Nothing is worth keeping any more; no block is used."""
+        assert not self.num_used, f"{self.num_used} blocks are used"
+        while self._cached:
+            self._free.append(self._evict())
+
     def check(self, block_tables: Iterable[Sequence[int]]) -> None:
         """Assert that nothing leaks: the tables of all live requests explain every count."""
         uses = Counter(block_id for table in block_tables for block_id in table)

@@ -88,6 +88,10 @@ class KvMemory:
         self.pool.free(request.block_table)
         request.block_table = []
 
+    def forget_prefixes(self) -> None:
+        """What the blocks hold is gone. Nobody uses any."""
+        self.pool.forget_contents()
+
     def check(self, requests: Iterable[Request]) -> None:
         """Assert that no block leaks, `requests` being all that are alive."""
         self.pool.check(request.block_table for request in requests)

@@ -146,6 +146,20 @@ class Scheduler:
             outputs.append(RequestOutput.of(request, [], [], accepted, None))
         return outputs
 
+    def requeue_all(self, now: float) -> None:
+        """All KV is lost, and every plan in flight with it: everybody computes again what he has.
+
+        Nothing of an earlier plan may be committed any more; step ids and indexes go on counting.
+        """
+        self._set_time(now)
+        for request in list(self._running):
+            self._release(request)
+            request.restart()
+            self._waiting.push(request)
+        self._released.clear()
+        self._in_flight.clear()
+        self._memory.forget_prefixes()
+
     def stats(self) -> SchedulerStats:
         """Gauges and totals, as of now."""
         memory, pool = self._memory, self._memory.pool

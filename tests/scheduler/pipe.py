@@ -83,6 +83,20 @@ class Pipe:
             self.streams[output.request_id].take(output)
         return outputs
 
+    def lose_everything(self) -> None:
+        """The workers die, with all KV and every plan that they were sent."""
+        lost, self.worker = (
+            self.worker,
+            ReferenceWorker(self.config.num_blocks, self.config.block_size),
+        )
+        self.worker.next_step_id = lost.next_step_id + len(self.in_flight)
+        num_unseen = sum(len(plan.new_requests) for plan in self.in_flight)
+        self.worker.next_index = lost.next_index + num_unseen
+        self.in_flight.clear()
+        self.running.clear()
+        self.awaiting.clear()
+        self.scheduler.requeue_all(self.now)
+
     def drain(self) -> None:
         """Until everybody has finished, in far fewer rounds than the number of tokens squared."""
         num_tokens = sum(len(s.prompt) + s.sampling.max_tokens for s in self.streams.values())

@@ -108,6 +108,10 @@ class AnySequence(RuleBasedStateMachine):
     def commit(self) -> None:
         self.pipe.commit()
 
+    @rule()
+    def lose_everything(self) -> None:
+        self.pipe.lose_everything()
+
     @invariant()
     def nothing_leaks(self) -> None:
         self.pipe.scheduler.check()

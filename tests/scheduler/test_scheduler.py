@@ -321,6 +321,21 @@ def test_a_replay_takes_hits_and_changes_no_count():
     assert (stats.num_prefix_queries, stats.num_prefix_hits) == (6, 0)
 
 
+def test_after_a_loss_everybody_computes_again_what_he_has():
+    p = pipe(num_stages=2)
+    p.add("old", [1] * 8, max_tokens=9)
+    step(p)
+    p.add("young", [1] * 8 + [2] * 60, max_tokens=9)
+    p.plan()
+    p.plan()
+    p.lose_everything()
+    stats = p.scheduler.stats()
+    assert (stats.num_waiting, stats.num_used_kv_blocks, stats.num_cached_kv_blocks) == (2, 0, 0)
+    assert stats.num_in_flight == 0
+    assert chunks(p.plan()) == [(2, 0, 9), (3, 0, 55)]
+    p.drain()
+
+
 def test_time_does_not_run_back():
     p = pipe()
     p.scheduler.plan(1.0)
