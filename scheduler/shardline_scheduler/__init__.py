@@ -3,7 +3,16 @@
 from .budget import BudgetOutcome, BudgetPrediction, LatencyBudget, OnMiss, Priority
 from .config import SchedulerConfig
 from .cost import StepCost, StepLoad, TokenBudget
-from .errors import DuplicateRequest, QueueFull, RequestTooLong, SchedulerError
+from .errors import (
+    BudgetImpossible,
+    BudgetRefused,
+    BudgetUnmet,
+    DuplicateRequest,
+    QueueFull,
+    RequestTooLong,
+    SchedulerError,
+    TenantQuotaExceeded,
+)
 from .outputs import RequestOutput, SchedulerStats
 from .policy import POLICIES, Fcfs, Policy
 from .request import FinishReason, Request, RequestState
@@ -11,8 +20,11 @@ from .scheduler import Scheduler
 
 __all__ = [
     "POLICIES",
+    "BudgetImpossible",
     "BudgetOutcome",
     "BudgetPrediction",
+    "BudgetRefused",
+    "BudgetUnmet",
     "DuplicateRequest",
     "Fcfs",
     "FinishReason",
@@ -31,5 +43,6 @@ __all__ = [
     "SchedulerStats",
     "StepCost",
     "StepLoad",
+    "TenantQuotaExceeded",
     "TokenBudget",
 ]

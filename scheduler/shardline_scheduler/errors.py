@@ -3,8 +3,13 @@
 SchedulerError
 ├── DuplicateRequest     the id belongs to a request that is still alive
 ├── QueueFull            too many requests wait already; come back later
-└── RequestTooLong       it could never finish, not even alone
+├── RequestTooLong       it could never finish, not even alone
+├── BudgetImpossible     its latency budget could not be kept by an empty server either
+├── BudgetUnmet          its latency budget cannot be kept beside what runs and waits; retry later
+└── TenantQuotaExceeded  it could, but for the shares of other tenants; retry later
 """
+
+from .budget import BudgetPrediction, LatencyBudget
 
 
 class SchedulerError(Exception):
@@ -42,3 +47,60 @@ class RequestTooLong(SchedulerError):
         self.num_prompt_tokens = num_prompt_tokens
         self.max_tokens = max_tokens
         self.max_num_tokens = max_num_tokens
+
+
+class BudgetRefused(SchedulerError):
+    """Base of refusals by prediction: what was asked for and what is predicted, in ms."""
+
+    retry_after_s: float | None = None
+
+    def __init__(self, message: str, asked: LatencyBudget, predicted: BudgetPrediction) -> None:
+        super().__init__(f"{message}: {_compare(asked, predicted)}")
+        self.asked = asked
+        self.predicted = predicted
+
+
+class BudgetImpossible(BudgetRefused):
+    """The budget is below what an empty server needs."""
+
+    def __init__(self, asked: LatencyBudget, predicted: BudgetPrediction) -> None:
+        super().__init__("the latency budget is below what an empty server needs", asked, predicted)
+
+
+class BudgetUnmet(BudgetRefused):
+    """The budget cannot be kept now; after `retry_after_s` it could, if the load stays as it is."""
+
+    def __init__(
+        self, asked: LatencyBudget, predicted: BudgetPrediction, retry_after_s: float
+    ) -> None:
+        super().__init__("the latency budget cannot be kept now", asked, predicted)
+        self.retry_after_s = retry_after_s
+
+
+class TenantQuotaExceeded(BudgetRefused):
+    """The tenant has its share of a busy server; after `retry_after_s` there could be room."""
+
+    def __init__(
+        self,
+        tenant: str,
+        asked: LatencyBudget,
+        predicted: BudgetPrediction,
+        retry_after_s: float,
+    ) -> None:
+        message = f"tenant {tenant!r} has its share of a busy server already"
+        super().__init__(message, asked, predicted)
+        self.tenant = tenant
+        self.retry_after_s = retry_after_s
+
+
+def _compare(asked: LatencyBudget, predicted: BudgetPrediction) -> str:
+    pairs = (
+        ("ttft_ms", asked.ttft_ms, predicted.ttft_ms),
+        ("tpot_ms", asked.tpot_ms, predicted.tpot_ms),
+        ("deadline_ms", asked.deadline_ms, predicted.e2e_ms),
+    )
+    return ", ".join(
+        f"{name} {limit:.0f} asked and {'unknown' if value is None else f'{value:.0f}'} predicted"
+        for name, limit, value in pairs
+        if limit is not None
+    )

@@ -4,6 +4,7 @@ from typing import Self
 
 from msgspec import Struct
 
+from .budget import BudgetOutcome
 from .plan import TokenLogprobs
 from .request import FinishReason, Request
 
@@ -13,8 +14,8 @@ class RequestOutput(Struct, frozen=True, kw_only=True, gc=False):
 
     `logprobs` has one entry a token, or is empty. `prompt_logprobs` comes in pieces, in order,
     beginning with prompt token 1 and complete with the first output token. Whoever has a
-    `finish_reason` is gone from the scheduler. `num_cached_tokens` counts the prompt tokens that
-    came from the prefix cache.
+    `finish_reason` is gone from the scheduler, and `budget` says how it went. `num_cached_tokens`
+    counts the prompt tokens that came from the prefix cache.
     """
 
     request_id: str
@@ -24,6 +25,7 @@ class RequestOutput(Struct, frozen=True, kw_only=True, gc=False):
     prompt_logprobs: list[TokenLogprobs]
     finish_reason: FinishReason | None
     num_cached_tokens: int
+    budget: BudgetOutcome | None = None
 
     @classmethod
     def of(
@@ -33,6 +35,7 @@ class RequestOutput(Struct, frozen=True, kw_only=True, gc=False):
         logprobs: list[TokenLogprobs],
         prompt_logprobs: list[TokenLogprobs],
         finish_reason: FinishReason | None,
+        budget: BudgetOutcome | None = None,
     ) -> Self:
         """The news of `request`, which holds `token_ids` as its last tokens already."""
         return cls(
@@ -43,6 +46,7 @@ class RequestOutput(Struct, frozen=True, kw_only=True, gc=False):
             prompt_logprobs=prompt_logprobs,
             finish_reason=finish_reason,
             num_cached_tokens=request.num_cached_tokens,
+            budget=budget,
         )
 
 

@@ -3,7 +3,11 @@
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
+from .budget import BudgetPrediction, LatencyBudget
 from .plan import PromptLogprobs, SamplingParams, TokenLogprobs
+
+NEVER = float("-inf")
+UNLIMITED = LatencyBudget()
 
 
 class FinishReason(StrEnum):
@@ -31,13 +35,19 @@ class Request:
     `token_ids` holds prompt and emitted tokens for the life of the request, so that a replay is
     nothing but computing them again. `num_computed_tokens` counts what has been planned, which is
     ahead of what the workers have done. `request_index` is its current name among the workers, who
-    have been told the first `num_sent_tokens` tokens and `num_sent_blocks` blocks.
+    have been told the first `num_sent_tokens` tokens and `num_sent_blocks` blocks. `tenant` is whom
+    its work is charged to. Times are the scheduler's, in seconds; -inf where there is none yet.
     """
 
     request_id: str
     token_ids: list[int]
     sampling: SamplingParams
+    budget: LatencyBudget = UNLIMITED
+    tenant: str = ""
 
+    prediction: BudgetPrediction = field(init=False, default=BudgetPrediction())
+    first_token_time: float = field(init=False, default=NEVER)
+    last_token_time: float = field(init=False, default=NEVER)
     num_prompt_tokens: int = field(init=False)
     arrival_time: float = field(init=False, default=0.0)
     sequence: int = field(init=False, default=-1)
@@ -78,9 +88,12 @@ class Request:
             and self.num_delivered_prompt_logprobs < self.num_prompt_tokens - 1
         )
 
-    def append(self, token_id: int) -> FinishReason | None:
+    def append(self, token_id: int, now: float) -> FinishReason | None:
         """Take in the drawn token; says why the request is finished, if it is."""
         self.is_token_in_flight = False
+        self.last_token_time = now
+        if self.first_token_time == NEVER:
+            self.first_token_time = now
         index = self.num_output_tokens
         self.token_ids.append(token_id)
         if token_id in self.sampling.stop_token_ids and index >= self.sampling.min_tokens:

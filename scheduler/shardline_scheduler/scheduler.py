@@ -22,6 +22,7 @@ from .config import SchedulerConfig
 from .cost import StepCost, TokenBudget
 from .errors import DuplicateRequest, QueueFull, RequestTooLong
 from .memory import KvMemory
+from .outcome import outcome_of
 from .outputs import RequestOutput, SchedulerStats
 from .plan import SampledToken, StepPlan, StepResult, TokenLogprobs
 from .policy import POLICIES, Policy
@@ -141,7 +142,8 @@ class Scheduler:
         for token in result.tokens:
             request = self._running.get(token.request_index)
             if request is not None:
-                outputs.append(self._accept(request, token, prompt_logprobs.pop(request, [])))
+                accepted = prompt_logprobs.pop(request, [])
+                outputs.append(self._accept(request, token, accepted, now))
         for request, accepted in prompt_logprobs.items():
             outputs.append(RequestOutput.of(request, [], [], accepted, None))
         return outputs
@@ -254,15 +256,23 @@ class Scheduler:
         return is_scheduled
 
     def _accept(
-        self, request: Request, token: SampledToken, prompt_logprobs: list[TokenLogprobs]
+        self,
+        request: Request,
+        token: SampledToken,
+        prompt_logprobs: list[TokenLogprobs],
+        now: float,
     ) -> RequestOutput:
-        finish_reason = request.append(token.token_id)
+        token_ids, outcome = [token.token_id], None
+        logprobs = [] if token.logprobs is None else [token.logprobs]
+        finish_reason = request.append(token.token_id, now)
         if finish_reason is None:
             self._running.push_decode(request)
         else:
             self._remove(request)
-        logprobs = [] if token.logprobs is None else [token.logprobs]
-        return RequestOutput.of(request, [token.token_id], logprobs, prompt_logprobs, finish_reason)
+            outcome = outcome_of(request, now, is_complete=True)
+        return RequestOutput.of(
+            request, token_ids, logprobs, prompt_logprobs, finish_reason, outcome
+        )
 
     def _preempt(self, request: Request) -> None:
         self._release(request)

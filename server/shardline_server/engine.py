@@ -16,6 +16,9 @@ import msgspec
 import zmq
 
 from shardline_scheduler import (
+    BudgetImpossible,
+    BudgetRefused,
+    BudgetUnmet,
     DuplicateRequest,
     FinishReason,
     QueueFull,
@@ -25,6 +28,7 @@ from shardline_scheduler import (
     Scheduler,
     SchedulerConfig,
     SchedulerError,
+    TenantQuotaExceeded,
 )
 from shardline_server.engine_config import EngineAddress, EngineConfig
 from shardline_server.messages import (
@@ -36,6 +40,7 @@ from shardline_server.messages import (
     FromEngine,
     Hello,
     Output,
+    Refusal,
     Submit,
     ToEngine,
 )
@@ -50,6 +55,9 @@ _ERROR_CODES: dict[type[SchedulerError], str] = {
     QueueFull: "QueueFull",
     RequestTooLong: "PromptTooLong",
     DuplicateRequest: "InvalidRequest",
+    BudgetImpossible: "BudgetImpossible",
+    BudgetUnmet: "BudgetUnmet",
+    TenantQuotaExceeded: "TenantQuotaExceeded",
 }
 
 
@@ -203,12 +211,12 @@ class Engine:
         name = self._names.add(frontend, submit.request_id)
         self._has_news = True
         try:
-            self.scheduler.add(Request(name, submit.token_ids, submit.sampling), time.monotonic())
+            request = Request(name, submit.token_ids, submit.sampling, submit.budget, submit.tenant)
+            self.scheduler.add(request, time.monotonic())
         except SchedulerError as error:
             if not isinstance(error, DuplicateRequest):
                 self._names.forget(name)
-            refusal = _refusal(submit.request_id, _ERROR_CODES[type(error)], str(error))
-            self._news.setdefault(frontend, []).append(refusal)
+            self._news.setdefault(frontend, []).append(_refusal(submit.request_id, error))
 
     def _abort(self, frontend: bytes, request_id: str) -> None:
         name = self._names.scheduler_id(frontend, request_id)
@@ -251,11 +259,19 @@ def _delta(request_id: str, output: RequestOutput) -> Delta:
         None,
         None,
         output.num_cached_tokens,
+        budget=output.budget,
     )
 
 
-def _refusal(request_id: str, code: str, message: str) -> Delta:
-    return Delta(request_id, 0, [], [], [], FinishReason.ERROR, code, message, 0)
+def _refusal(request_id: str, error: SchedulerError) -> Delta:
+    code, refusal = _ERROR_CODES[type(error)], None
+    if isinstance(error, BudgetRefused):
+        refusal = Refusal(
+            retry_after_s=error.retry_after_s, asked=error.asked, predicted=error.predicted
+        )
+    return Delta(
+        request_id, 0, [], [], [], FinishReason.ERROR, code, str(error), 0, refusal=refusal
+    )
 
 
 def main() -> None:
