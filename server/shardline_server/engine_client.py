@@ -14,7 +14,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from shardline_server.errors import EngineUnavailable
+from shardline_server.errors import EngineUnavailable, NotServing
 from shardline_server.messages import (
     Abort,
     Delta,
@@ -147,7 +147,7 @@ class EngineClient:
         """What the engine said about itself; raises EngineUnavailable when it cannot serve."""
         self.require_healthy()
         if self.ready is None:
-            raise EngineUnavailable("The model is still loading; try again in a moment.")
+            raise NotServing("The model is still loading; try again in a moment.")
         return self.ready
 
     def submit(self, requests: Sequence[Submit]) -> DeltaStream:

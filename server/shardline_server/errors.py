@@ -10,24 +10,39 @@ ShardlineError
 ├── BudgetImpossible          422 INVALID_ARGUMENT     no server, however empty, could keep it
 ├── TenantQuotaExceeded       429 RESOURCE_EXHAUSTED   this tenant has its share already
 ├── DeadlineMissed            504 DEADLINE_EXCEEDED    accepted, and ended before its first token
-├── EngineUnavailable         503 UNAVAILABLE          not ready yet, leaving, or dead
+├── EngineUnavailable         503 UNAVAILABLE          dead
+│   └── NotServing            503 UNAVAILABLE          not ready yet, or leaving
 ├── RequestFailed             500 INTERNAL             accepted, then failed
 └── ConfigError               at start only            the operator can mend it; no traceback
 """
 
+from shardline_server.messages import Refusal
+
+_FULL_FOR_S = 1.0
+_ABSENT_FOR_S = 5.0
+
 
 class ShardlineError(Exception):
-    """Base of everything we raise on purpose. The message says what the reader can do."""
+    """Base of everything we raise on purpose. The message says what the reader can do.
+
+    `refusal` says when to come back, and which budget was asked for, where that is known.
+    """
 
     http_status = 500
     grpc_code = "INTERNAL"
     type = "server_error"
     code: str | None = None
+    retry_after_s: float | None = None
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, param: str | None = None, refusal: Refusal | None = None
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+        self.refusal = refusal or Refusal()
+        if self.refusal.retry_after_s is not None:
+            self.retry_after_s = self.refusal.retry_after_s
 
 
 class InvalidRequest(ShardlineError):
@@ -69,6 +84,7 @@ class QueueFull(ShardlineError):
     grpc_code = "RESOURCE_EXHAUSTED"
     type = "overloaded_error"
     code = "queue_full"
+    retry_after_s = _FULL_FOR_S
 
 
 class BudgetUnmet(ShardlineError):
@@ -78,6 +94,7 @@ class BudgetUnmet(ShardlineError):
     grpc_code = "RESOURCE_EXHAUSTED"
     type = "overloaded_error"
     code = "budget_unmet"
+    retry_after_s = _FULL_FOR_S
 
 
 class BudgetImpossible(ShardlineError):
@@ -96,6 +113,7 @@ class TenantQuotaExceeded(ShardlineError):
     grpc_code = "RESOURCE_EXHAUSTED"
     type = "rate_limit_error"
     code = "tenant_quota_exceeded"
+    retry_after_s = _FULL_FOR_S
 
 
 class DeadlineMissed(ShardlineError):
@@ -114,6 +132,12 @@ class EngineUnavailable(ShardlineError):
     grpc_code = "UNAVAILABLE"
     type = "server_error"
     code = "engine_unavailable"
+
+
+class NotServing(EngineUnavailable):
+    """The engine still loads, or leaves; here or elsewhere somebody will serve soon."""
+
+    retry_after_s = _ABSENT_FOR_S
 
 
 class RequestFailed(ShardlineError):

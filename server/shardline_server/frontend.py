@@ -9,11 +9,13 @@ import logging
 import socket
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import uvicorn
 
+from shardline_server.api_keys import ApiKeys, named_keys
+from shardline_server.budgets import BudgetPolicy
 from shardline_server.engine_client import EngineClient
 from shardline_server.errors import ConfigError, EngineUnavailable
 from shardline_server.generation import GenerationService
@@ -41,6 +43,7 @@ class FrontendConfig:
     served_model_names: tuple[str, ...]
     api_keys: tuple[str, ...] = ()
     default_max_tokens: int = 512
+    budgets: BudgetPolicy = field(default_factory=BudgetPolicy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,10 @@ class Frontend:
         self.engine = EngineClient(config.engine_address)
         metrics = Metrics(config.served_model_names[0], self.engine)
         self.service = GenerationService(
-            self.engine, metrics, default_max_tokens=config.default_max_tokens
+            self.engine,
+            metrics,
+            default_max_tokens=config.default_max_tokens,
+            budgets=config.budgets,
         )
         self._serving = asyncio.Event()
 
@@ -81,8 +87,9 @@ class Frontend:
         """
         config = self.config
         self._files = await asyncio.to_thread(load_model_files, config.model_path)
-        self._http = HttpServer(self.service, config)
-        self._grpc = GrpcServer(self.service, config.api_keys)
+        keys = ApiKeys(named_keys(config.api_keys))
+        self._http = HttpServer(self.service, keys)
+        self._grpc = GrpcServer(self.service, keys)
         http_port = self._http.bind(config.host, config.http_port)
         try:
             grpc_port = self._grpc.bind(config.host, config.grpc_port)
@@ -133,8 +140,8 @@ class Frontend:
 class HttpServer:
     """uvicorn on a socket that is bound beforehand, without its signal handlers."""
 
-    def __init__(self, service: GenerationService, config: FrontendConfig) -> None:
-        app = create_app(service, api_keys=config.api_keys)
+    def __init__(self, service: GenerationService, keys: ApiKeys) -> None:
+        app = create_app(service, keys)
         self._server = _Uvicorn(
             uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none")
         )

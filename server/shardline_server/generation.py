@@ -10,11 +10,18 @@ from typing import Self
 
 import msgspec
 
+from shardline_scheduler.budget import BudgetOutcome, LatencyBudget
 from shardline_server import errors
+from shardline_server.budgets import BudgetPolicy, outcome_of, worst_outcome
 from shardline_server.choice import Choice, Piece, joined
 from shardline_server.engine_client import DeltaStream, EngineClient
-from shardline_server.errors import EngineUnavailable, InvalidRequest, ShardlineError
-from shardline_server.messages import Delta, FinishReason, Submit
+from shardline_server.errors import (
+    DeadlineMissed,
+    InvalidRequest,
+    NotServing,
+    ShardlineError,
+)
+from shardline_server.messages import Delta, FinishReason, Refusal, Submit
 from shardline_server.metrics import ChoiceTimer, Metrics
 from shardline_server.prompts import Prompt
 from shardline_server.request_fields import MAX_CHOICES, SamplingFields
@@ -33,23 +40,48 @@ class Usage:
     cached_tokens: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Caller:
+    """Whose share a request counts for, and how long its call may take."""
+
+    tenant: str = ""
+    deadline_ms: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Terms:
+    """On what terms the engine serves all choices of a request."""
+
+    budget: LatencyBudget
+    tenant: str
+
+
 class Generation:
     """One client's request: `n` choices of each prompt, choice `p * n + i` being prompt p's i-th.
 
     Use it in a `with` block: leaving it aborts in the engine what is not finished.
     """
 
-    def __init__(self, request_id: str, choices: Sequence[Choice], service: "GenerationService"):
+    def __init__(
+        self,
+        request_id: str,
+        choices: Sequence[Choice],
+        terms: Terms,
+        service: "GenerationService",
+    ) -> None:
         self.request_id = request_id
         self.choices = choices
+        self._terms = terms
+        self._outcomes: list[BudgetOutcome] = []
         self._service = service
         self._choice_of = {f"{request_id}-{choice.index}": choice for choice in choices}
         self._timers: dict[str, ChoiceTimer] = {}
         self._deltas: DeltaStream
 
     def __enter__(self) -> Self:
+        terms = self._terms
         requests = [
-            Submit(request_id, choice.prompt.token_ids, choice.params)
+            Submit(request_id, choice.prompt.token_ids, choice.params, terms.budget, terms.tenant)
             for request_id, choice in self._choice_of.items()
         ]
         self._deltas = self._service.engine.submit(requests)
@@ -84,7 +116,7 @@ class Generation:
             piece = choice.advance(delta)
             self._timers[delta.request_id].observe_tokens(choice.num_tokens - num_before)
             if piece.finish_reason is not None:
-                self._finish(delta.request_id, piece.finish_reason)
+                self._finish(delta, piece.finish_reason)
             yield piece
 
     async def collect(self) -> list[Piece]:
@@ -104,27 +136,48 @@ class Generation:
             cached_tokens=sum(choice.num_cached_tokens for choice in prompts),
         )
 
+    @property
+    def outcome(self) -> BudgetOutcome | None:
+        """How its latency budget was kept; of several choices the worst. None until the end."""
+        if len(self._outcomes) < len(self.choices):
+            return None
+        return worst_outcome(self._outcomes)
+
     def abort(self) -> None:
         """End every unfinished choice with finish reason "abort"; `pieces` goes on to the end."""
         self._deltas.abort()
 
     def _raise_failure(self, delta: Delta) -> None:
         if delta.finish_reason is FinishReason.ERROR:
-            self._finish(delta.request_id, FinishReason.ERROR)
+            self._finish(delta, FinishReason.ERROR)
             raise error_of(delta)
+        has_begun = delta.token_ids or any(choice.num_tokens for choice in self.choices)
+        if delta.finish_reason is FinishReason.DEADLINE and not has_begun:
+            self._finish(delta, FinishReason.DEADLINE)
+            raise deadline_missed(self._terms.budget, delta.budget)
 
-    def _finish(self, request_id: str, reason: FinishReason) -> None:
-        self._deltas.close([request_id])
-        self._timers.pop(request_id).observe_finish(reason)
+    def _finish(self, delta: Delta, reason: FinishReason) -> None:
+        self._deltas.close([delta.request_id])
+        timer = self._timers.pop(delta.request_id)
+        timer.observe_finish(reason)
+        self._outcomes.append(delta.budget or outcome_of(self._terms.budget, timer.times))
 
 
 class GenerationService:
     """Starts Generations on one engine and knows those that run."""
 
-    def __init__(self, engine: EngineClient, metrics: Metrics, *, default_max_tokens: int) -> None:
+    def __init__(
+        self,
+        engine: EngineClient,
+        metrics: Metrics,
+        *,
+        default_max_tokens: int,
+        budgets: BudgetPolicy,
+    ) -> None:
         self.engine = engine
         self.metrics = metrics
         self.default_max_tokens = default_max_tokens
+        self._budgets = budgets
         self._model: ServedModel | None = None
         self._running: dict[str, Generation] = {}
         self._idle = asyncio.Event()
@@ -136,9 +189,9 @@ class GenerationService:
         """What is served; raises EngineUnavailable before it can be, and after the engine died."""
         self.engine.require_ready()
         if self._refusal is not None:
-            raise EngineUnavailable(f"Cannot serve: {self._refusal}")
+            raise NotServing(f"Cannot serve: {self._refusal}")
         if self._model is None:
-            raise EngineUnavailable("The model is still loading; try again in a moment.")
+            raise NotServing("The model is still loading; try again in a moment.")
         return self._model
 
     @property
@@ -164,6 +217,7 @@ class GenerationService:
         request_id: str,
         prompts: Sequence[Prompt],
         fields: SamplingFields,
+        caller: Caller,
         *,
         default_max_tokens: int,
     ) -> Generation:
@@ -185,7 +239,9 @@ class GenerationService:
             for i in range(num_choices):
                 own = msgspec.structs.replace(params, seed=choice_seed(params.seed, i))
                 choices.append(Choice(len(choices), prompt, own, fields, self.model.tokenizer))
-        return Generation(request_id, choices, self)
+        budget = self._budgets.budget_of(fields.latency_budget, call_deadline_ms=caller.deadline_ms)
+        terms = Terms(budget=budget, tenant=caller.tenant)
+        return Generation(request_id, choices, terms, self)
 
     def abort(self, request_id: str) -> bool:
         """Abort a running request by its id; False if there is none."""
@@ -216,4 +272,13 @@ def error_of(delta: Delta) -> ShardlineError:
     kind = getattr(errors, delta.error_code or "", errors.RequestFailed)
     known = isinstance(kind, type) and issubclass(kind, ShardlineError)
     message = delta.error_message or "The engine could not finish this request."
-    return (kind if known else errors.RequestFailed)(message)
+    return (kind if known else errors.RequestFailed)(message, refusal=delta.refusal)
+
+
+def deadline_missed(budget: LatencyBudget, outcome: BudgetOutcome | None) -> DeadlineMissed:
+    """The exception for a request that was ended for its budget before it had said anything."""
+    predicted = None if outcome is None else outcome.predicted
+    return DeadlineMissed(
+        "The latency budget cannot be kept any more; the request was ended before its first token.",
+        refusal=Refusal(asked=budget, predicted=predicted),
+    )

@@ -7,6 +7,8 @@ import signal
 import sys
 from pathlib import Path
 
+from shardline_scheduler.budget import Priority
+from shardline_server.budgets import BudgetPolicy
 from shardline_server.child import describe_exit
 from shardline_server.engine_config import NodesConfig
 from shardline_server.engine_launch import EngineProcess, plan_engine
@@ -52,6 +54,9 @@ async def _serve(settings: ServeSettings, model_path: Path, engine: EngineProces
             served_model_names=(settings.model_name,),
             api_keys=settings.api_key,
             default_max_tokens=settings.default_max_tokens,
+            budgets=BudgetPolicy(
+                classes=settings.budget_classes, default=Priority(settings.default_priority)
+            ),
         )
     )
     addresses = await frontend.start()

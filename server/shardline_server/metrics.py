@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from shardline_server.budgets import BudgetTimes
 from shardline_server.engine_client import EngineClient
 from shardline_server.messages import EngineStats, FinishReason
 
@@ -136,6 +137,22 @@ class ChoiceTimer:
         metrics.count_finish(reason)
         metrics.request_latency.observe(time.monotonic() - self._start)
         metrics.request_generation_tokens.observe(self._num_tokens)
-        if self._num_tokens > 1:
-            mean = (self._last - self._first) / (self._num_tokens - 1)
+        if (mean := self._time_per_token) is not None:
             metrics.time_per_output_token.observe(mean)
+
+    @property
+    def times(self) -> BudgetTimes:
+        """How long it took until now, by this process's clock."""
+        has_begun = self._num_tokens > 0
+        mean = self._time_per_token
+        return BudgetTimes(
+            ttft_ms=(self._first - self._start) * 1000 if has_begun else None,
+            tpot_ms=None if mean is None else mean * 1000,
+            e2e_ms=(time.monotonic() - self._start) * 1000,
+        )
+
+    @property
+    def _time_per_token(self) -> float | None:
+        if self._num_tokens < 2:
+            return None
+        return (self._last - self._first) / (self._num_tokens - 1)

@@ -11,9 +11,10 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
 from shardline_server.errors import InvalidRequest
-from shardline_server.request_fields import StrictModel, described, refusal
+from shardline_server.request_fields import described
 from shardline_server.sampling import check_prompt
 from shardline_server.served_model import ServedModel
+from shardline_server.strict_model import StrictModel, refusal
 from shardline_server.text import IncrementalDetokenizer
 from shardline_server.tokenizer import Tokenizer
 

@@ -1,16 +1,14 @@
-"""What a request may say about sampling, strictly typed, and which fields we know but do not serve.
+"""What a request may say beside its prompt, strictly typed, and which known fields we do not serve.
 
 Both doors validate with these models; nothing that would change the output is ever ignored.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, Self
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     ValidatorFunctionWrapHandler,
@@ -19,7 +17,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from shardline_server.budgets import BudgetFields
 from shardline_server.errors import InvalidRequest
+from shardline_server.strict_model import StrictModel, refusal
 
 MAX_CHOICES = 1024
 MAX_LOGPROBS = 20
@@ -74,45 +74,6 @@ UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-HINTS = {"best_of": "; use n and choose by logprobs"}
-
-
-class StrictModel(BaseModel):
-    """Unknown fields, wrong types, NaN and infinities are errors.
-
-    `ignored` names fields that may hold anything; `unsupported` names those that may hold nothing
-    but None or the listed values, which mean that the field is not used.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    ignored: ClassVar[set[str]] = set()
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_what_has_no_effect(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        kept = {}
-        for name, value in data.items():
-            if name in cls.model_fields:
-                kept[name] = value
-            elif name in cls.unsupported:
-                _require_neutral(name, value, cls.unsupported[name])
-            elif name not in cls.ignored:
-                kept[name] = value
-        return kept
-
-
-def _require_neutral(name: str, value: Any, neutral: tuple[Any, ...]) -> None:
-    if value is None or any(type(value) is type(same) and value == same for same in neutral):
-        return
-    raise refusal(name, f"This server does not support `{name}`{HINTS.get(name, '')}.")
-
-
-def refusal(param: str, message: str) -> PydanticCustomError:
-    """What a validator raises when fields are well-formed but cannot be served."""
-    return PydanticCustomError("refused", "{message}", {"message": message, "param": param})
 
 
 def described(description: str) -> WrapValidator:
@@ -172,6 +133,7 @@ class SamplingFields(StrictModel, ABC):
     logit_bias: LogitBias | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     skip_special_tokens: bool | None = None
+    latency_budget: BudgetFields | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

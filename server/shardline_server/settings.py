@@ -28,6 +28,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from shardline_server.budgets import BudgetClasses
 from shardline_server.errors import ConfigError
 from shardline_shards.cache import default_cache_dir
 
@@ -45,6 +46,13 @@ class Flag:
 
 def _split_commas(value: object) -> object:
     return value.split(",") if isinstance(value, str) else value
+
+
+def _parse_yaml(value: object) -> object:
+    try:
+        return yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError as error:
+        raise ValueError("this is not YAML") from error
 
 
 CommaSeparated = (NoDecode, BeforeValidator(_split_commas))
@@ -152,6 +160,16 @@ class ServeSettings(BaseSettings):
     default_max_tokens: Annotated[Count, Flag("HTTP and gRPC", "TOKENS")] = Field(
         512, description="output limit of a request that names none"
     )
+
+    budget_classes: Annotated[
+        BudgetClasses, NoDecode, BeforeValidator(_parse_yaml), Flag("Latency budgets", "YAML")
+    ] = Field(
+        BudgetClasses(),
+        description="limits of the priorities, as '{interactive: {ttft_ms: 500, tpot_ms: 50}}'",
+    )
+    default_priority: Annotated[
+        Literal["interactive", "standard", "batch"], Flag("Latency budgets")
+    ] = Field("standard", description="of a request that names none")
 
     config: Annotated[Path | None, Flag("Running", "FILE")] = Field(
         None, description="a YAML file with any of these settings, as `max_model_len: 4096`"
@@ -264,12 +282,13 @@ def _describe(problem: Any, given: dict[str, Any], config: str | None) -> str:
     if not problem["loc"]:
         return str(problem["ctx"]["error"])
     key = str(problem["loc"][0])
-    if problem["type"] == "extra_forbidden":
+    inner = "".join(f"{part}: " for part in problem["loc"][1:])
+    if problem["type"] == "extra_forbidden" and not inner:
         return f"unknown key {key} in {config}{_nearest(key, set(ServeSettings.model_fields))}"
     if problem["type"] == "missing":
         return f"no {key} is named; try `shardline serve demo`"
     message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{_origin(key, given, config)}: {message}, not {problem['input']!r}"
+    return f"{_origin(key, given, config)}: {inner}{message}, not {problem['input']!r}"
 
 
 def _origin(key: str, given: dict[str, Any], config: str | None) -> str:

@@ -111,6 +111,32 @@ def test_lists_from_a_file_are_lists(tmp_path: Path) -> None:
     assert (settings.stage_layers, settings.api_key) == ((20, 10), ("a", "b,c"))
 
 
+def test_budget_classes_come_from_file_variable_and_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "shardline.yaml"
+    file.write_text("model: demo\nbudget_classes:\n  interactive: {ttft_ms: 1}\n")
+    assert load_settings({} | {"config": str(file)}).budget_classes.interactive.ttft_ms == 1
+    monkeypatch.setenv("SHARDLINE_BUDGET_CLASSES", '{"batch": {"deadline_ms": 2}}')
+    classes = load_settings({"config": str(file)}).budget_classes
+    assert (classes.batch.deadline_ms, classes.interactive.ttft_ms) == (2, 2000)
+    given = {"model": "demo", "budget_classes": "{interactive: {tpot_ms: 3}}"}
+    assert load_settings(given).budget_classes.interactive.tpot_ms == 3
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        ("{urgent: {}}", "--budget-classes: urgent: extra inputs"),
+        ("{batch: {ttft: 1}}", "--budget-classes: batch: ttft: extra inputs"),
+        ("{batch: {ttft_ms: 0}}", "--budget-classes: batch: ttft_ms: input should be greater"),
+        ("{batch: ", "is not YAML"),
+    ],
+)
+def test_wrong_budget_classes_are_refused_by_name(classes: str, words: str) -> None:
+    assert words in refusal({"model": "demo", "budget_classes": classes})
+
+
 def test_keys_do_not_show_when_settings_are_printed() -> None:
     assert "hush" not in repr(load_settings({"model": "demo", "api_key": ("hush",)}))
 

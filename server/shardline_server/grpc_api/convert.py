@@ -6,6 +6,8 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 from pydantic import BaseModel, ValidationError
 
+from shardline_scheduler.budget import BudgetOutcome
+from shardline_server.budgets import outcome_fields
 from shardline_server.choice import Piece, TextLogprob
 from shardline_server.generation import Usage
 from shardline_server.messages import FinishReason
@@ -25,13 +27,16 @@ FINISH_REASONS = {
 }
 
 
-def sampling_fields(message: pb.SamplingParams) -> CompletionFields:
+def request_fields(request: pb.GenerateRequest) -> CompletionFields:
     """Validated as over HTTP; raises InvalidRequest."""
-    values = {field.name: value for field, value in message.ListFields()}
+    message = request.sampling
+    values = _present(message)
     for name in values.keys() & {"stop", "stop_token_ids"}:
         values[name] = list(values[name])
     if "logit_bias" in values:
         values["logit_bias"] = dict(message.logit_bias)
+    if request.HasField("latency_budget"):
+        values["latency_budget"] = _present(request.latency_budget)
     return _validated(CompletionFields, values)
 
 
@@ -73,6 +78,11 @@ def usage(usage: Usage) -> pb.Usage:
         completion_tokens=usage.completion_tokens,
         cached_tokens=usage.cached_tokens,
     )
+
+
+def outcome(outcome: BudgetOutcome) -> pb.BudgetOutcome:
+    """How a latency budget was kept."""
+    return pb.BudgetOutcome(**outcome_fields(outcome))  # type: ignore[arg-type]
 
 
 def _validated(model: type[ModelT], values: dict[str, Any]) -> ModelT:

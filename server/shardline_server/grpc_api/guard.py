@@ -1,20 +1,22 @@
 """What stands around every call: the API key, and one mapping from exceptions to status codes."""
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any, TypeAlias
 
 import grpc
 from grpc.aio import ServicerContext
 
-from shardline_server.api_keys import ApiKeys, bearer_token
+from shardline_server.api_keys import TENANT_HEADER, ApiKeys, bearer_token
 from shardline_server.errors import ShardlineError
+from shardline_server.grpc_api.details import trailing_metadata
 
 logger = logging.getLogger("shardline.frontend")
 
 # Generic for type checkers only: grpc's classes cannot be subscripted when the code runs.
 Context: TypeAlias = "ServicerContext[Any, Any]"
+Metadata = Mapping[str, str | bytes]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
@@ -35,33 +37,32 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if handler is None or not handler_call_details.method.startswith(self._prefix):
             return handler
         metadata = dict(handler_call_details.invocation_metadata or ())
-        key = bearer_token(str(metadata.get("authorization", "")))
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                self._streaming(handler.unary_stream, key),
+                self._streaming(handler.unary_stream, metadata),
                 handler.request_deserializer,
                 handler.response_serializer,
             )
         return grpc.unary_unary_rpc_method_handler(
-            self._unary(handler.unary_unary, key),
+            self._unary(handler.unary_unary, metadata),
             handler.request_deserializer,
             handler.response_serializer,
         )
 
-    def _unary(self, behaviour: Any, key: str | None) -> Any:
+    def _unary(self, behaviour: Any, metadata: Metadata) -> Any:
         async def guarded(request: Any, context: Context) -> Any:
             try:
-                self._keys.check(key)
+                tenant_of(self._keys, metadata)
                 return await behaviour(request, context)
             except Exception as error:
                 await _abort(context, error)
 
         return guarded
 
-    def _streaming(self, behaviour: Any, key: str | None) -> Any:
+    def _streaming(self, behaviour: Any, metadata: Metadata) -> Any:
         async def guarded(request: Any, context: Context) -> None:
             try:
-                self._keys.check(key)
+                tenant_of(self._keys, metadata)
                 async with aclosing(behaviour(request, context)) as responses:
                     async for response in responses:
                         await context.write(response)
@@ -71,10 +72,15 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         return guarded
 
 
+def tenant_of(keys: ApiKeys, metadata: Metadata) -> str:
+    """Whose call it is; raises AuthenticationFailed."""
+    values = {key: str(value) for key, value in metadata.items()}
+    key = bearer_token(values.get("authorization"))
+    return keys.tenant_of(key, values.get(TENANT_HEADER.lower()))
+
+
 async def _abort(context: Context, error: Exception) -> None:
     if not isinstance(error, ShardlineError):
         logger.error("A gRPC call failed", exc_info=error)
         error = ShardlineError("An internal error occurred; the server's log says more.")
-    details = {"shardline-error-code": error.code, "shardline-error-param": error.param}
-    trailing = tuple((key, value) for key, value in details.items() if value is not None)
-    await context.abort(grpc.StatusCode[error.grpc_code], error.message, trailing)
+    await context.abort(grpc.StatusCode[error.grpc_code], error.message, trailing_metadata(error))

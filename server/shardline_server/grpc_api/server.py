@@ -1,7 +1,5 @@
 """The gRPC server: our service, the standard health and reflection services, on one port."""
 
-from collections.abc import Sequence
-
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -22,13 +20,13 @@ SERVICE_NAME = generation_pb2.DESCRIPTOR.services_by_name["Generation"].full_nam
 class GrpcServer:
     """Made, bound and started inside a running event loop; NOT_SERVING until told otherwise."""
 
-    def __init__(self, service: GenerationService, api_keys: Sequence[str]) -> None:
+    def __init__(self, service: GenerationService, keys: ApiKeys) -> None:
         # Without this option a second server on the same port would quietly share it.
         options = [("grpc.so_reuseport", 0)]
-        guard = Guard(SERVICE_NAME, ApiKeys(api_keys))
+        guard = Guard(SERVICE_NAME, keys)
         self._server = grpc.aio.server(interceptors=[guard], options=options)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        add_GenerationServicer_to_server(GenerationRpc(service), self._server)
+        add_GenerationServicer_to_server(GenerationRpc(service, keys), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)

@@ -2,15 +2,17 @@
 
 from collections.abc import AsyncIterator
 
+from shardline_server.api_keys import ApiKeys
 from shardline_server.errors import InvalidRequest
 from shardline_server.generation import (
     DEFAULT_COMPLETION_TOKENS,
+    Caller,
     Generation,
     GenerationService,
     new_request_id,
 )
 from shardline_server.grpc_api import convert
-from shardline_server.grpc_api.guard import Context
+from shardline_server.grpc_api.guard import Context, tenant_of
 from shardline_server.prompts import Prompt, encode_chat, encode_prompts
 from shardline_server.protos.shardline.v1 import generation_pb2 as pb
 from shardline_server.protos.shardline.v1.generation_pb2_grpc import GenerationServicer
@@ -19,21 +21,25 @@ from shardline_server.protos.shardline.v1.generation_pb2_grpc import GenerationS
 class GenerationRpc(GenerationServicer):
     """Methods raise our exceptions; `Guard` maps them to status codes."""
 
-    def __init__(self, service: GenerationService) -> None:
+    def __init__(self, service: GenerationService, keys: ApiKeys) -> None:
         self._service = service
+        self._keys = keys
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         """The whole answer at once."""
         model = self._service.model
         name = model.require_name(request.model)
-        with await self._start(request) as generation:
+        with await self._start(request, context) as generation:
             pieces = await generation.collect()
             request_id = generation.request_id
+            outcome = generation.outcome
+            assert outcome is not None
             return pb.GenerateResponse(
                 request_id=request_id,
                 model=name,
                 choices=[convert.delta(request_id, piece, model.tokenizer) for piece in pieces],
                 usage=convert.usage(generation.usage),
+                latency_budget=convert.outcome(outcome),
             )
 
     async def GenerateStream(
@@ -42,13 +48,12 @@ class GenerationRpc(GenerationServicer):
         """The answer in pieces."""
         model = self._service.model
         model.require_name(request.model)
-        with await self._start(request) as generation:
-            num_open = len(generation.choices)
+        with await self._start(request, context) as generation:
             async for piece in generation.pieces():
                 message = convert.delta(generation.request_id, piece, model.tokenizer)
-                num_open -= piece.finish_reason is not None
-                if num_open == 0:
+                if (outcome := generation.outcome) is not None:
                     message.usage.CopyFrom(convert.usage(generation.usage))
+                    message.latency_budget.CopyFrom(convert.outcome(outcome))
                 yield message
 
     async def ListModels(
@@ -79,17 +84,25 @@ class GenerationRpc(GenerationServicer):
         """End a running request by its id."""
         return pb.AbortResponse(was_running=self._service.abort(request.request_id))
 
-    async def _start(self, request: pb.GenerateRequest) -> Generation:
-        fields = convert.sampling_fields(request.sampling)
+    async def _start(self, request: pb.GenerateRequest, context: Context) -> Generation:
+        fields = convert.request_fields(request)
         prompt = await self._prompt(request)
         is_chat = request.WhichOneof("prompt") == "chat"
         return self._service.generate(
             request.request_id or new_request_id("gen"),
             [prompt],
             fields,
+            self._caller(context),
             default_max_tokens=(
                 self._service.default_max_tokens if is_chat else DEFAULT_COMPLETION_TOKENS
             ),
+        )
+
+    def _caller(self, context: Context) -> Caller:
+        remaining_s = context.time_remaining()
+        return Caller(
+            tenant=tenant_of(self._keys, dict(context.invocation_metadata() or ())),
+            deadline_ms=None if remaining_s is None else remaining_s * 1000,
         )
 
     async def _prompt(self, request: pb.GenerateRequest | pb.TokenizeRequest) -> Prompt:

@@ -1,13 +1,15 @@
 """Every failure as OpenAI's error object, whatever raised it."""
 
-import json
 import logging
+import math
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from shardline_server.budgets import said_fields
 from shardline_server.errors import InvalidRequest, ShardlineError
+from shardline_server.http_api.responses import ErrorBody, ErrorResponse, RefusedBudget
 from shardline_server.request_fields import invalid_request
 
 logger = logging.getLogger("shardline.frontend")
@@ -21,18 +23,34 @@ def error_body(error: Exception) -> bytes:
     """The JSON of an error. What we did not raise on purpose is told in general words only."""
     if not isinstance(error, ShardlineError):
         error = ShardlineError("An internal error occurred; the server's log says more.")
-    fields = {
-        "message": error.message,
-        "type": error.type,
-        "param": error.param,
-        "code": error.code,
-    }
-    return json.dumps({"error": fields}).encode()
+    body = ErrorBody(
+        message=error.message,
+        type=error.type,
+        param=error.param,
+        code=error.code,
+        retry_after_s=error.retry_after_s,
+        latency_budget=_refused_budget(error),
+    )
+    return ErrorResponse(error=body).model_dump_json().encode()
+
+
+def _refused_budget(error: ShardlineError) -> RefusedBudget | None:
+    asked, predicted = error.refusal.asked, error.refusal.predicted
+    if asked is None and predicted is None:
+        return None
+    return RefusedBudget(
+        asked=None if asked is None else said_fields(asked),
+        predicted=None if predicted is None else said_fields(predicted),
+    )
 
 
 def error_response(error: Exception, headers: dict[str, str] | None = None) -> Response:
     """The whole answer for an error."""
-    status = error.http_status if isinstance(error, ShardlineError) else 500
+    status, headers = 500, headers or {}
+    if isinstance(error, ShardlineError):
+        status = error.http_status
+        if error.retry_after_s is not None:
+            headers = headers | {"Retry-After": str(math.ceil(error.retry_after_s))}
     return Response(error_body(error), status, headers, media_type="application/json")
 
 

@@ -3,11 +3,13 @@
 import time
 from collections.abc import Iterator, Sequence
 
+from shardline_server.budgets import outcome_fields
 from shardline_server.choice import Piece, TextLogprob
 from shardline_server.generation import Generation
 from shardline_server.http_api.requests import ChatCompletionRequest, CompletionRequest
 from shardline_server.http_api.responses import (
     AssistantMessage,
+    BudgetOutcomeBody,
     ChatChoice,
     ChatChunkChoice,
     ChatCompletion,
@@ -42,12 +44,16 @@ class CompletionRenderer:
         """The answer that is not streamed."""
         body = self._body([self._choice(piece) for piece in choices])
         body.usage = usage_body(self._generation)
+        body.latency_budget = outcome_body(self._generation)
         return body
 
     def chunks(self, piece: Piece) -> Iterator[Completion]:
         """One chunk, unless there is nothing to show yet."""
         if is_visible(piece) or self._returns_token_ids:
-            yield self._body([self._choice(piece)])
+            chunk = self._body([self._choice(piece)])
+            if not self.includes_usage:  # nothing else follows that could say it
+                chunk.latency_budget = outcome_body(self._generation)
+            yield chunk
 
     def usage_chunk(self) -> Completion:
         """No choices, only the usage."""
@@ -119,6 +125,7 @@ class ChatRenderer:
             model=self._model,
             choices=[self._choice(piece) for piece in choices],
             usage=usage_body(self._generation),
+            latency_budget=outcome_body(self._generation),
             prompt_token_ids=prompt.token_ids if self._returns_token_ids else None,
         )
 
@@ -132,12 +139,16 @@ class ChatRenderer:
             )
             yield self._chunk([first])
         if is_visible(piece) or self._returns_token_ids:
-            yield self._chunk([self._chunk_choice(piece)])
+            chunk = self._chunk([self._chunk_choice(piece)])
+            if not self.includes_usage:  # nothing else follows that could say it
+                chunk.latency_budget = outcome_body(self._generation)
+            yield chunk
 
     def usage_chunk(self) -> ChatCompletionChunk:
         """No choices, only the usage."""
         chunk = self._chunk([])
         chunk.usage = usage_body(self._generation)
+        chunk.latency_budget = outcome_body(self._generation)
         return chunk
 
     def _chunk(self, choices: list[ChatChunkChoice]) -> ChatCompletionChunk:
@@ -193,6 +204,12 @@ class ChatRenderer:
 def is_visible(piece: Piece) -> bool:
     """Whether a client would see anything new."""
     return bool(piece.text or piece.logprobs or piece.finish_reason)
+
+
+def outcome_body(generation: Generation) -> BudgetOutcomeBody | None:
+    """How its budget was kept; None until it has ended."""
+    outcome = generation.outcome
+    return None if outcome is None else BudgetOutcomeBody.model_validate(outcome_fields(outcome))
 
 
 def usage_body(generation: Generation) -> UsageBody:

@@ -9,9 +9,8 @@ from shardline_server.request_fields import (
     ChatFields,
     CompletionFields,
     SamplingFields,
-    StrictModel,
-    refusal,
 )
+from shardline_server.strict_model import StrictModel, refusal
 
 
 class StreamOptions(StrictModel):

@@ -23,6 +23,22 @@ class UsageBody(BaseModel):
     prompt_tokens_details: PromptTokensDetails
 
 
+class BudgetOutcomeBody(BaseModel):
+    """How the request went, in milliseconds from its arrival; of several choices the worst.
+
+    `met` is true where no limit was asked for. `tpot_ms` is null below two output tokens, a
+    prediction where there was none.
+    """
+
+    met: bool
+    ttft_ms: float | None
+    tpot_ms: float | None
+    e2e_ms: float
+    predicted_ttft_ms: float | None
+    predicted_tpot_ms: float | None
+    predicted_e2e_ms: float | None
+
+
 class CompletionLogprobs(BaseModel):
     """Logprobs of a completion: four lists with one entry a token."""
 
@@ -53,6 +69,7 @@ class Completion(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: AbsentIfNone[UsageBody] = None
+    latency_budget: AbsentIfNone[BudgetOutcomeBody] = None
 
 
 class TopLogprob(BaseModel):
@@ -122,6 +139,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: UsageBody
+    latency_budget: AbsentIfNone[BudgetOutcomeBody] = None
     prompt_token_ids: AbsentIfNone[list[int]] = None
 
 
@@ -134,6 +152,7 @@ class ChatCompletionChunk(BaseModel):
     model: str
     choices: list[ChatChunkChoice]
     usage: AbsentIfNone[UsageBody] = None
+    latency_budget: AbsentIfNone[BudgetOutcomeBody] = None
 
 
 class ModelCard(BaseModel):
@@ -168,6 +187,13 @@ class Text(BaseModel):
     prompt: str
 
 
+class RefusedBudget(BaseModel):
+    """What was asked for, after the class had filled it in, and what the server expected."""
+
+    asked: dict[str, float | str] | None
+    predicted: dict[str, float] | None
+
+
 class ErrorBody(BaseModel):
     """What went wrong: for people, for programs, and which field of the request it is about."""
 
@@ -175,6 +201,8 @@ class ErrorBody(BaseModel):
     type: str
     param: str | None
     code: str | None
+    retry_after_s: AbsentIfNone[float] = None
+    latency_budget: AbsentIfNone[RefusedBudget] = None
 
 
 class ErrorResponse(BaseModel):

@@ -5,8 +5,11 @@ Shardline's own gRPC service: text or token ids in, indexed pieces out.
 Same validation, parameters and results as the HTTP door.
 
 Errors come as gRPC status codes: INVALID_ARGUMENT, UNAUTHENTICATED, NOT_FOUND (model),
-RESOURCE_EXHAUSTED (come back later), UNAVAILABLE (not ready, or the engine is gone), INTERNAL.
+RESOURCE_EXHAUSTED (come back later), DEADLINE_EXCEEDED (ended for its latency budget),
+UNAVAILABLE (not ready, or the engine is gone), INTERNAL.
 The trailing metadata `shardline-error-code` and `shardline-error-param` say more where they can.
+When to come back is in google.rpc.RetryInfo and in the trailing metadata `retry-delay` (seconds),
+what was asked and predicted in a BudgetRefusal beside it in the status details.
 """
 
 from collections import abc as _abc
@@ -60,6 +63,7 @@ class GenerateRequest(_message.Message):
     CHAT_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    LATENCY_BUDGET_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """An id of the client's choice, unused at present by any other request; may be empty."""
     model: _builtins.str
@@ -75,6 +79,8 @@ class GenerateRequest(_message.Message):
     def chat(self) -> Global___Chat: ...
     @_builtins.property
     def sampling(self) -> Global___SamplingParams: ...
+    @_builtins.property
+    def latency_budget(self) -> Global___LatencyBudget: ...
     def __init__(
         self,
         *,
@@ -85,10 +91,11 @@ class GenerateRequest(_message.Message):
         chat: Global___Chat | None = ...,
         sampling: Global___SamplingParams | None = ...,
         add_special_tokens: _builtins.bool | None = ...,
+        latency_budget: Global___LatencyBudget | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "latency_budget", b"latency_budget", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "latency_budget", b"latency_budget", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
@@ -100,6 +107,188 @@ class GenerateRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class LatencyBudget(_message.Message):
+    """How long the answer may take; every field may be left out. The deadline of the call counts too."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TTFT_MS_FIELD_NUMBER: _builtins.int
+    TPOT_MS_FIELD_NUMBER: _builtins.int
+    DEADLINE_MS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    ON_MISS_FIELD_NUMBER: _builtins.int
+    ttft_ms: _builtins.float
+    """From arrival to the first token."""
+    tpot_ms: _builtins.float
+    """Mean time of each later token."""
+    deadline_ms: _builtins.float
+    """From arrival to the last token."""
+    priority: _builtins.str
+    """"interactive", "standard" or "batch": the class that fills in what is left out here."""
+    on_miss: _builtins.str
+    """"reject": refused, or ended, when the budget cannot be kept; "degrade": served late."""
+    def __init__(
+        self,
+        *,
+        ttft_ms: _builtins.float | None = ...,
+        tpot_ms: _builtins.float | None = ...,
+        deadline_ms: _builtins.float | None = ...,
+        priority: _builtins.str | None = ...,
+        on_miss: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "_on_miss", b"_on_miss", "_priority", b"_priority", "_tpot_ms", b"_tpot_ms", "_ttft_ms", b"_ttft_ms", "deadline_ms", b"deadline_ms", "on_miss", b"on_miss", "priority", b"priority", "tpot_ms", b"tpot_ms", "ttft_ms", b"ttft_ms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "_on_miss", b"_on_miss", "_priority", b"_priority", "_tpot_ms", b"_tpot_ms", "_ttft_ms", b"_ttft_ms", "deadline_ms", b"deadline_ms", "on_miss", b"on_miss", "priority", b"priority", "tpot_ms", b"tpot_ms", "ttft_ms", b"ttft_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__deadline_ms: _TypeAlias = _typing.Literal["deadline_ms"]  # noqa: Y015
+    _WhichOneofArgType__deadline_ms: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms"]  # noqa: Y015
+    _WhichOneofReturnType__on_miss: _TypeAlias = _typing.Literal["on_miss"]  # noqa: Y015
+    _WhichOneofArgType__on_miss: _TypeAlias = _typing.Literal["_on_miss", b"_on_miss"]  # noqa: Y015
+    _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
+    _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
+    _WhichOneofReturnType__tpot_ms: _TypeAlias = _typing.Literal["tpot_ms"]  # noqa: Y015
+    _WhichOneofArgType__tpot_ms: _TypeAlias = _typing.Literal["_tpot_ms", b"_tpot_ms"]  # noqa: Y015
+    _WhichOneofReturnType__ttft_ms: _TypeAlias = _typing.Literal["ttft_ms"]  # noqa: Y015
+    _WhichOneofArgType__ttft_ms: _TypeAlias = _typing.Literal["_ttft_ms", b"_ttft_ms"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__deadline_ms) -> _WhichOneofReturnType__deadline_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__on_miss) -> _WhichOneofReturnType__on_miss | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tpot_ms) -> _WhichOneofReturnType__tpot_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_ms) -> _WhichOneofReturnType__ttft_ms | None: ...
+
+Global___LatencyBudget: _TypeAlias = LatencyBudget  # noqa: Y015
+
+@_typing.final
+class BudgetOutcome(_message.Message):
+    """How a request went; of several choices the worst."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MET_FIELD_NUMBER: _builtins.int
+    TTFT_MS_FIELD_NUMBER: _builtins.int
+    TPOT_MS_FIELD_NUMBER: _builtins.int
+    E2E_MS_FIELD_NUMBER: _builtins.int
+    PREDICTED_TTFT_MS_FIELD_NUMBER: _builtins.int
+    PREDICTED_TPOT_MS_FIELD_NUMBER: _builtins.int
+    PREDICTED_E2E_MS_FIELD_NUMBER: _builtins.int
+    met: _builtins.bool
+    """Whether every limit was kept; true where nothing was asked for."""
+    ttft_ms: _builtins.float
+    tpot_ms: _builtins.float
+    """Unset below two output tokens."""
+    e2e_ms: _builtins.float
+    predicted_ttft_ms: _builtins.float
+    """What was expected at arrival, where there was an estimate."""
+    predicted_tpot_ms: _builtins.float
+    predicted_e2e_ms: _builtins.float
+    def __init__(
+        self,
+        *,
+        met: _builtins.bool = ...,
+        ttft_ms: _builtins.float | None = ...,
+        tpot_ms: _builtins.float | None = ...,
+        e2e_ms: _builtins.float = ...,
+        predicted_ttft_ms: _builtins.float | None = ...,
+        predicted_tpot_ms: _builtins.float | None = ...,
+        predicted_e2e_ms: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_predicted_e2e_ms", b"_predicted_e2e_ms", "_predicted_tpot_ms", b"_predicted_tpot_ms", "_predicted_ttft_ms", b"_predicted_ttft_ms", "_tpot_ms", b"_tpot_ms", "_ttft_ms", b"_ttft_ms", "predicted_e2e_ms", b"predicted_e2e_ms", "predicted_tpot_ms", b"predicted_tpot_ms", "predicted_ttft_ms", b"predicted_ttft_ms", "tpot_ms", b"tpot_ms", "ttft_ms", b"ttft_ms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_predicted_e2e_ms", b"_predicted_e2e_ms", "_predicted_tpot_ms", b"_predicted_tpot_ms", "_predicted_ttft_ms", b"_predicted_ttft_ms", "_tpot_ms", b"_tpot_ms", "_ttft_ms", b"_ttft_ms", "e2e_ms", b"e2e_ms", "met", b"met", "predicted_e2e_ms", b"predicted_e2e_ms", "predicted_tpot_ms", b"predicted_tpot_ms", "predicted_ttft_ms", b"predicted_ttft_ms", "tpot_ms", b"tpot_ms", "ttft_ms", b"ttft_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__predicted_e2e_ms: _TypeAlias = _typing.Literal["predicted_e2e_ms"]  # noqa: Y015
+    _WhichOneofArgType__predicted_e2e_ms: _TypeAlias = _typing.Literal["_predicted_e2e_ms", b"_predicted_e2e_ms"]  # noqa: Y015
+    _WhichOneofReturnType__predicted_tpot_ms: _TypeAlias = _typing.Literal["predicted_tpot_ms"]  # noqa: Y015
+    _WhichOneofArgType__predicted_tpot_ms: _TypeAlias = _typing.Literal["_predicted_tpot_ms", b"_predicted_tpot_ms"]  # noqa: Y015
+    _WhichOneofReturnType__predicted_ttft_ms: _TypeAlias = _typing.Literal["predicted_ttft_ms"]  # noqa: Y015
+    _WhichOneofArgType__predicted_ttft_ms: _TypeAlias = _typing.Literal["_predicted_ttft_ms", b"_predicted_ttft_ms"]  # noqa: Y015
+    _WhichOneofReturnType__tpot_ms: _TypeAlias = _typing.Literal["tpot_ms"]  # noqa: Y015
+    _WhichOneofArgType__tpot_ms: _TypeAlias = _typing.Literal["_tpot_ms", b"_tpot_ms"]  # noqa: Y015
+    _WhichOneofReturnType__ttft_ms: _TypeAlias = _typing.Literal["ttft_ms"]  # noqa: Y015
+    _WhichOneofArgType__ttft_ms: _TypeAlias = _typing.Literal["_ttft_ms", b"_ttft_ms"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted_e2e_ms) -> _WhichOneofReturnType__predicted_e2e_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted_tpot_ms) -> _WhichOneofReturnType__predicted_tpot_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted_ttft_ms) -> _WhichOneofReturnType__predicted_ttft_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tpot_ms) -> _WhichOneofReturnType__tpot_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_ms) -> _WhichOneofReturnType__ttft_ms | None: ...
+
+Global___BudgetOutcome: _TypeAlias = BudgetOutcome  # noqa: Y015
+
+@_typing.final
+class BudgetPrediction(_message.Message):
+    """What the server expected of a request when it refused it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TTFT_MS_FIELD_NUMBER: _builtins.int
+    TPOT_MS_FIELD_NUMBER: _builtins.int
+    E2E_MS_FIELD_NUMBER: _builtins.int
+    ttft_ms: _builtins.float
+    tpot_ms: _builtins.float
+    e2e_ms: _builtins.float
+    def __init__(
+        self,
+        *,
+        ttft_ms: _builtins.float | None = ...,
+        tpot_ms: _builtins.float | None = ...,
+        e2e_ms: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_e2e_ms", b"_e2e_ms", "_tpot_ms", b"_tpot_ms", "_ttft_ms", b"_ttft_ms", "e2e_ms", b"e2e_ms", "tpot_ms", b"tpot_ms", "ttft_ms", b"ttft_ms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_e2e_ms", b"_e2e_ms", "_tpot_ms", b"_tpot_ms", "_ttft_ms", b"_ttft_ms", "e2e_ms", b"e2e_ms", "tpot_ms", b"tpot_ms", "ttft_ms", b"ttft_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__e2e_ms: _TypeAlias = _typing.Literal["e2e_ms"]  # noqa: Y015
+    _WhichOneofArgType__e2e_ms: _TypeAlias = _typing.Literal["_e2e_ms", b"_e2e_ms"]  # noqa: Y015
+    _WhichOneofReturnType__tpot_ms: _TypeAlias = _typing.Literal["tpot_ms"]  # noqa: Y015
+    _WhichOneofArgType__tpot_ms: _TypeAlias = _typing.Literal["_tpot_ms", b"_tpot_ms"]  # noqa: Y015
+    _WhichOneofReturnType__ttft_ms: _TypeAlias = _typing.Literal["ttft_ms"]  # noqa: Y015
+    _WhichOneofArgType__ttft_ms: _TypeAlias = _typing.Literal["_ttft_ms", b"_ttft_ms"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__e2e_ms) -> _WhichOneofReturnType__e2e_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tpot_ms) -> _WhichOneofReturnType__tpot_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_ms) -> _WhichOneofReturnType__ttft_ms | None: ...
+
+Global___BudgetPrediction: _TypeAlias = BudgetPrediction  # noqa: Y015
+
+@_typing.final
+class BudgetRefusal(_message.Message):
+    """In the status details of a refusal."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ASKED_FIELD_NUMBER: _builtins.int
+    PREDICTED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def asked(self) -> Global___LatencyBudget: ...
+    @_builtins.property
+    def predicted(self) -> Global___BudgetPrediction: ...
+    def __init__(
+        self,
+        *,
+        asked: Global___LatencyBudget | None = ...,
+        predicted: Global___BudgetPrediction | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["asked", b"asked", "predicted", b"predicted"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked", b"asked", "predicted", b"predicted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BudgetRefusal: _TypeAlias = BudgetRefusal  # noqa: Y015
 
 @_typing.final
 class TokenIds(_message.Message):
@@ -466,6 +655,7 @@ class GenerateDelta(_message.Message):
     STOP_STRING_FIELD_NUMBER: _builtins.int
     STOP_TOKEN_ID_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
+    LATENCY_BUDGET_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     choice: _builtins.int
     index: _builtins.int
@@ -484,6 +674,10 @@ class GenerateDelta(_message.Message):
     def usage(self) -> Global___Usage:
         """Of the whole request; set in the stream's last piece, and only there."""
 
+    @_builtins.property
+    def latency_budget(self) -> Global___BudgetOutcome:
+        """Likewise."""
+
     def __init__(
         self,
         *,
@@ -497,15 +691,20 @@ class GenerateDelta(_message.Message):
         stop_string: _builtins.str = ...,
         stop_token_id: _builtins.int = ...,
         usage: Global___Usage | None = ...,
+        latency_budget: Global___BudgetOutcome | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_usage", b"_usage", "stop_reason", b"stop_reason", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_latency_budget", b"_latency_budget", "_usage", b"_usage", "latency_budget", b"latency_budget", "stop_reason", b"stop_reason", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_usage", b"_usage", "choice", b"choice", "finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "request_id", b"request_id", "stop_reason", b"stop_reason", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id", "text", b"text", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_latency_budget", b"_latency_budget", "_usage", b"_usage", "choice", b"choice", "finish_reason", b"finish_reason", "index", b"index", "latency_budget", b"latency_budget", "logprobs", b"logprobs", "request_id", b"request_id", "stop_reason", b"stop_reason", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id", "text", b"text", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__latency_budget: _TypeAlias = _typing.Literal["latency_budget"]  # noqa: Y015
+    _WhichOneofArgType__latency_budget: _TypeAlias = _typing.Literal["_latency_budget", b"_latency_budget"]  # noqa: Y015
     _WhichOneofReturnType__usage: _TypeAlias = _typing.Literal["usage"]  # noqa: Y015
     _WhichOneofArgType__usage: _TypeAlias = _typing.Literal["_usage", b"_usage"]  # noqa: Y015
     _WhichOneofReturnType_stop_reason: _TypeAlias = _typing.Literal["stop_string", "stop_token_id"]  # noqa: Y015
     _WhichOneofArgType_stop_reason: _TypeAlias = _typing.Literal["stop_reason", b"stop_reason"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__latency_budget) -> _WhichOneofReturnType__latency_budget | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__usage) -> _WhichOneofReturnType__usage | None: ...
     @_typing.overload
@@ -521,6 +720,7 @@ class GenerateResponse(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     CHOICES_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
+    LATENCY_BUDGET_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     @_builtins.property
@@ -529,6 +729,8 @@ class GenerateResponse(_message.Message):
 
     @_builtins.property
     def usage(self) -> Global___Usage: ...
+    @_builtins.property
+    def latency_budget(self) -> Global___BudgetOutcome: ...
     def __init__(
         self,
         *,
@@ -536,10 +738,11 @@ class GenerateResponse(_message.Message):
         model: _builtins.str = ...,
         choices: _abc.Iterable[Global___GenerateDelta] | None = ...,
         usage: Global___Usage | None = ...,
+        latency_budget: Global___BudgetOutcome | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["latency_budget", b"latency_budget", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "model", b"model", "request_id", b"request_id", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "latency_budget", b"latency_budget", "model", b"model", "request_id", b"request_id", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

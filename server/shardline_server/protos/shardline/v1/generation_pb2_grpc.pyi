@@ -5,8 +5,11 @@ Shardline's own gRPC service: text or token ids in, indexed pieces out.
 Same validation, parameters and results as the HTTP door.
 
 Errors come as gRPC status codes: INVALID_ARGUMENT, UNAUTHENTICATED, NOT_FOUND (model),
-RESOURCE_EXHAUSTED (come back later), UNAVAILABLE (not ready, or the engine is gone), INTERNAL.
+RESOURCE_EXHAUSTED (come back later), DEADLINE_EXCEEDED (ended for its latency budget),
+UNAVAILABLE (not ready, or the engine is gone), INTERNAL.
 The trailing metadata `shardline-error-code` and `shardline-error-param` say more where they can.
+When to come back is in google.rpc.RetryInfo and in the trailing metadata `retry-delay` (seconds),
+what was asked and predicted in a BudgetRefusal beside it in the status details.
 """
 
 from collections import abc as _abc
