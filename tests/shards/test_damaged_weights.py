@@ -1,4 +1,4 @@
-"""A damaged weight file gives a clear error or does no harm: no crash, no hang, no other weights."""
+"""A damaged weight file gives a clear error or does no harm: never a crash or other weights."""
 
 import random
 from collections.abc import Callable
