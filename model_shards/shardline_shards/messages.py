@@ -7,7 +7,7 @@ A worker starts by `Joined`, `Rendezvous`, `Loaded`, `Allocate`, `Ready`; then c
 import msgspec
 from msgspec import Struct
 
-from shardline_scheduler.plan import StepPlan, StepResult
+from shardline_scheduler.plan import StageTiming, StepPlan, StepResult
 from shardline_shards.layout import ParallelLayout, Place
 
 
@@ -84,12 +84,22 @@ class Failed(Struct, frozen=True, array_like=True, tag=True):
     is_refusal: bool
 
 
+class StageReport(Struct, frozen=True, array_like=True, tag=True):
+    """How a stage before the last spent its time, several steps at once.
+
+    `sent_at` is on the clock of the worker, as the timings are.
+    """
+
+    timings: list[StageTiming]
+    sent_at: float
+
+
 class Stop(Struct, frozen=True, array_like=True, tag=True):
     """Leave in good order."""
 
 
 ToWorker = Rendezvous | Allocate | StepPlan | Stop
-FromWorker = Joined | Loaded | Ready | StepResult | Failed
+FromWorker = Joined | Loaded | Ready | StepResult | StageReport | Failed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode

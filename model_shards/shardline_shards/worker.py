@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import psutil
 import torch
 import zmq
@@ -33,6 +34,7 @@ from shardline_shards.messages import (
     Loaded,
     Ready,
     Rendezvous,
+    StageReport,
     Stop,
     ToWorker,
     WorkerConfig,
@@ -43,6 +45,7 @@ from shardline_shards.process import pin_to
 from shardline_shards.sampling import SampleRow, prompt_logprobs, sample
 from shardline_shards.stage import Stage
 from shardline_shards.stage_model import StageModel, build_stage_model, load_config
+from shardline_shards.step_timer import Part, StepTimer, TimingLog
 
 logger = logging.getLogger("shardline.worker")
 
@@ -59,6 +62,10 @@ class EngineChannel:
     def send(self, message: FromWorker) -> None:
         """Queue a message for the engine."""
         self._socket.send(encode(message))
+
+    def has_message(self, within_ms: int) -> bool:
+        """Whether the engine has said something, or does so within that time."""
+        return bool(self._socket.poll(within_ms))
 
     def receive(self) -> ToWorker:
         """Wait for the engine's next message."""
@@ -80,6 +87,8 @@ class Worker:
         self.device = _device(config)
         self.channel = EngineChannel(config.engine_address, self.rank)
         self.requests = RequestTable()
+        self.timer = StepTimer(config.place.stage_index)
+        self.timings = TimingLog()
 
     def run(self) -> None:
         """Load, report, and execute plans until told to stop."""
@@ -89,7 +98,8 @@ class Worker:
         self._allocate(report)
         self._try_out()
         self.channel.send(Ready(self.rank))
-        while not isinstance(message := self.channel.receive(), Stop):
+        self.timer.start()
+        while not isinstance(message := self._next_message(), Stop):
             assert isinstance(message, StepPlan)
             self._execute(message)
         self.communicators.close()
@@ -174,21 +184,48 @@ class Worker:
             dtype=self.stage.dtype,
         )
 
+    def _next_message(self) -> ToWorker:
+        """Wait for it; the timings of the last steps are not kept back meanwhile."""
+        if self.timings.has_any and not self.channel.has_message(TimingLog.MAX_AGE_MS):
+            self._report_timings()
+        return self.channel.receive()
+
     def _execute(self, plan: StepPlan) -> None:
+        self.timer.lap(Part.PLAN_WAIT)
         result = self._compute(plan)
+        timing = self.timer.finish(plan.step_id)
         if result is not None:
-            self.channel.send(result)
+            self.channel.send(msgspec.structs.replace(result, timing=timing))
+        elif self.config.place.tp_rank == 0:
+            self.timings.add(timing)
+            if self.timings.is_due:
+                self._report_timings()
+
+    def _report_timings(self) -> None:
+        self.channel.send(StageReport(self.timings.take(), time.monotonic()))
 
     def _compute(self, plan: StepPlan) -> StepResult | None:
         """Carry out a plan; the result, on the rank that draws tokens."""
         self.requests.apply(plan)
         batch = self.batches.build(plan, self.requests)
-        output = self.stage.run(batch, self._receive_hidden(batch))
-        if self.communicators.next is not None:
-            self.communicators.next.send(output)
-        elif self.config.place.tp_rank == 0:
-            return self._draw(plan.step_id, batch, output)
-        return None
+        self.timer.lap(Part.PREPARE)
+        hidden = self._receive_hidden(batch)
+        self.timer.lap(Part.TENSOR_WAIT)
+        output = self.stage.run(batch, hidden)
+        link = self.communicators.next
+        is_drawer = link is None and self.config.place.tp_rank == 0
+        result = self._draw(plan.step_id, batch, output) if is_drawer else None
+        self._wait_for_device()
+        self.timer.lap(Part.COMPUTE)
+        if link is not None:
+            link.send(output)
+        self.timer.lap(Part.SEND)
+        return result
+
+    def _wait_for_device(self) -> None:
+        """A GPU computes after the call has returned; what it takes is to be measured here."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
 
     def _receive_hidden(self, batch: StepBatch) -> Tensor | None:
         link = self.communicators.previous

@@ -101,9 +101,51 @@ class PromptLogprobs(Struct, frozen=True, array_like=True):
     logprobs: list[TokenLogprobs]
 
 
+class StageTiming(Struct, frozen=True, array_like=True):
+    """What one stage did from the end of the step before to the end of this one, in seconds.
+
+    The parts follow each other in this order and without a gap: waiting for the plan, making the
+    batch of it, waiting for hidden states, computing (the last stage: drawing too), handing on.
+    `started_at` is when the first part began, on the clock of the worker that measured it.
+    """
+
+    stage_index: int
+    step_id: int
+    started_at: float
+    plan_wait_s: float
+    prepare_s: float
+    tensor_wait_s: float
+    compute_s: float
+    send_s: float
+
+    @property
+    def busy_s(self) -> float:
+        """What the step takes of a stage that never waits."""
+        return self.prepare_s + self.compute_s + self.send_s
+
+    @property
+    def planned_at(self) -> float:
+        """When the plan was in the worker's hands."""
+        return self.started_at + self.plan_wait_s
+
+    @property
+    def received_at(self) -> float:
+        """When the hidden states were there."""
+        return self.planned_at + self.prepare_s + self.tensor_wait_s
+
+    @property
+    def ended_at(self) -> float:
+        """When the next step's first part began."""
+        return self.received_at + self.compute_s + self.send_s
+
+
 class StepResult(Struct, frozen=True, array_like=True, tag=True):
-    """What the last stage sends back: one token for each scheduled request that samples."""
+    """What the last stage sends back: one token for each scheduled request that samples.
+
+    `timing` is the last stage's own; a stage before it reports on another message.
+    """
 
     step_id: int
     tokens: list[SampledToken]
     prompt_logprobs: list[PromptLogprobs]
+    timing: StageTiming | None = None

@@ -30,6 +30,7 @@ from shardline_scheduler import (
     SchedulerError,
     TenantQuotaExceeded,
 )
+from shardline_scheduler.plan import StageTiming, StepResult
 from shardline_server.engine_config import EngineAddress, EngineConfig
 from shardline_server.messages import (
     Abort,
@@ -44,7 +45,9 @@ from shardline_server.messages import (
     Submit,
     ToEngine,
 )
+from shardline_server.timing import TimingListener
 from shardline_server.worker_group import WorkerFailed, WorkerGroup
+from shardline_shards.messages import StageReport
 from shardline_shards.process import start_child
 
 logger = logging.getLogger("shardline.engine")
@@ -135,6 +138,7 @@ class Engine:
         self._news: dict[bytes, list[Delta]] = {}
         self._has_news = False
         self._is_idle_and_checked = False
+        self.timing_listeners: list[TimingListener] = []
         self.is_serving = False
 
     def start(self) -> None:
@@ -225,13 +229,26 @@ class Engine:
         self._has_news = True
 
     def _commit(self) -> None:
-        for result in self.workers.results():
-            self._has_news = True
-            for output in self.scheduler.commit(result, time.monotonic()):
-                frontend, request_id = self._names[output.request_id]
-                self._news.setdefault(frontend, []).append(_delta(request_id, output))
-                if output.finish_reason is not None:
-                    self._names.forget(output.request_id)
+        for message in self.workers.results():
+            if isinstance(message, StageReport):
+                self._observe(message.timings)
+            else:
+                self._commit_result(message)
+
+    def _commit_result(self, result: StepResult) -> None:
+        self._has_news = True
+        if result.timing is not None:
+            self._observe([result.timing])
+        for output in self.scheduler.commit(result, time.monotonic()):
+            frontend, request_id = self._names[output.request_id]
+            self._news.setdefault(frontend, []).append(_delta(request_id, output))
+            if output.finish_reason is not None:
+                self._names.forget(output.request_id)
+
+    def _observe(self, timings: list[StageTiming]) -> None:
+        for timing in timings:
+            for listener in self.timing_listeners:
+                listener.observe(timing)
 
     def _plan(self) -> None:
         while (plan := self.scheduler.plan(time.monotonic())) is not None:

@@ -20,6 +20,7 @@ from shardline_shards.messages import (
     Loaded,
     Ready,
     Rendezvous,
+    StageReport,
     Stop,
     ToWorker,
     WorkerConfig,
@@ -78,11 +79,11 @@ class WorkerGroup:
         """Send a plan to every worker."""
         self._send_all(plan)
 
-    def results(self) -> Iterator[StepResult]:
-        """Results that have arrived; raises WorkerFailed if a worker says that it fails."""
+    def results(self) -> Iterator[StepResult | StageReport]:
+        """What has arrived; raises WorkerFailed if a worker says that it fails."""
         while self.socket.poll(0):
             message = self._receive()
-            assert isinstance(message, StepResult)
+            assert isinstance(message, StepResult | StageReport)
             yield message
 
     def check(self) -> None:
