@@ -3,6 +3,7 @@
 from .budget import BudgetOutcome, BudgetPrediction, LatencyBudget, OnMiss, Priority
 from .config import SchedulerConfig
 from .cost import StepCost, StepLoad, TokenBudget
+from .cost_model import PipeModel, Sample, StageModel
 from .errors import (
     BudgetImpossible,
     BudgetRefused,
@@ -30,6 +31,7 @@ __all__ = [
     "FinishReason",
     "LatencyBudget",
     "OnMiss",
+    "PipeModel",
     "Policy",
     "Priority",
     "QueueFull",
@@ -37,10 +39,12 @@ __all__ = [
     "RequestOutput",
     "RequestState",
     "RequestTooLong",
+    "Sample",
     "Scheduler",
     "SchedulerConfig",
     "SchedulerError",
     "SchedulerStats",
+    "StageModel",
     "StepCost",
     "StepLoad",
     "TenantQuotaExceeded",

@@ -9,7 +9,7 @@ class StepLoad:
     """The work of a step so far, in the terms that its time depends on.
 
     A single token after some context is a decode; `decode_context` sums the contexts of those.
-    `prefill_context` sums tokens times prefix length over the longer chunks.
+    `prefill_context` sums, over the tokens of the longer chunks, the tokens before each of them.
     """
 
     num_prefill_tokens: int = 0
@@ -29,7 +29,7 @@ class StepLoad:
             self.decode_context += context
         else:
             self.num_prefill_tokens += num_tokens
-            self.prefill_context += num_tokens * context
+            self.prefill_context += num_tokens * context + num_tokens * (num_tokens - 1) // 2
 
 
 class StepCost(Protocol):

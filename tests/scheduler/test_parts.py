@@ -148,7 +148,7 @@ def test_the_load_of_a_step_tells_decodes_from_chunks():
     load.add(num_tokens=1, context=7)
     load.add(num_tokens=3, context=5)
     assert load == StepLoad(
-        num_prefill_tokens=4, num_decodes=1, decode_context=7, prefill_context=15
+        num_prefill_tokens=4, num_decodes=1, decode_context=7, prefill_context=18
     )
     assert load.num_tokens == 5
     assert TokenBudget(8).affordable_tokens(load, context=0) == 3

@@ -1,0 +1,256 @@
+"""What a step takes of each stage, learnt from what steps really took.
+
+Per stage, t = a + b·P + c·D + d·C + e·X seconds: P prefill tokens, D decodes, C summed context of
+the decodes, X summed context of the prefill tokens (DESIGN §5; the form is Niyama's, the relative
+weights DistServe's). Two sets of coefficients, for steps that mostly read weights and for steps
+that mostly compute. Planning adds the 0.9 quantile of what steps took beyond their prediction.
+"""
+
+from collections.abc import Sequence
+from math import ceil, sqrt
+
+from msgspec import Struct, field
+
+from .cost import StepLoad
+from .regression import NonNegativeFit
+
+KNEES = (16, 32, 64, 128, 256, 512)
+MIN_SAMPLES = 8
+# Sizes of the features in a usual step: the descent wants them alike.
+_SCALES = (1.0, 64.0, 8.0, 4096.0, 16384.0)
+_WINDOW = 64
+_OUTLIER_MADS = 5.0
+_LEAST_MAD = 0.02
+_QUANTILE = 0.9
+_TRIP_SMOOTHING = 0.05
+
+
+class Sample(Struct, frozen=True):
+    """One step of one stage: what it held, and how long it took."""
+
+    load: StepLoad
+    seconds: float
+
+
+class RangeModel(Struct):
+    """The fit of one range of steps of one stage. `residuals` are how far above
+    their predictions, as a share of them, the last times were; newest last.
+
+    Until `MIN_SAMPLES` samples it predicts the longest time that it has seen.
+    """
+
+    fit: NonNegativeFit = field(default_factory=lambda: NonNegativeFit.of_size(len(_SCALES)))
+    num_samples: int = 0
+    max_seconds: float = 0.0
+    residuals: list[float] = field(default_factory=list)
+    margin: float = 0.0
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether it has seen enough to fit."""
+        return self.num_samples >= MIN_SAMPLES
+
+    @property
+    def coefficients(self) -> list[float]:
+        """a, b, c, d, e of the formula, in seconds and seconds per token, decode and so on."""
+        return [value / scale for value, scale in zip(self.fit.coefficients, _SCALES, strict=True)]
+
+    def seconds(self, load: StepLoad) -> float:
+        """The expected time, without margin."""
+        if self.num_samples < MIN_SAMPLES:
+            return self.max_seconds
+        a, b, c, d, e = self.fit.coefficients
+        return (
+            a
+            + b / _SCALES[1] * load.num_prefill_tokens
+            + c / _SCALES[2] * load.num_decodes
+            + d / _SCALES[3] * load.decode_context
+            + e / _SCALES[4] * load.prefill_context
+        )
+
+    def observe(self, load: StepLoad, seconds: float) -> None:
+        """Learn from one step, unless it is an outlier among the last ones.
+
+        An outlier still counts as a residual: if many come, they are what steps now take.
+        """
+        if self.is_trusted and (expected := self.seconds(load)) > 0:
+            residual = seconds / expected - 1
+            is_outlier = self._is_outlier(residual)
+            self.residuals = [*self.residuals[1 - _WINDOW :], residual]
+            self.margin = max(0.0, quantile(self.residuals, _QUANTILE))
+            if is_outlier:
+                return
+        self.learn(load, seconds)
+        if self.num_samples == MIN_SAMPLES:
+            self.fit.settle()
+
+    def learn(self, load: StepLoad, seconds: float) -> None:
+        """Take the sample into the fit."""
+        self.num_samples += 1
+        self.max_seconds = max(self.max_seconds, seconds)
+        self.fit.update(scaled_features(load), max(seconds, 1e-9))
+
+    def _is_outlier(self, residual: float) -> bool:
+        if len(self.residuals) < MIN_SAMPLES:
+            return False
+        median = quantile(self.residuals, 0.5)
+        mad = quantile([abs(value - median) for value in self.residuals], 0.5)
+        return abs(residual - median) > _OUTLIER_MADS * max(mad, _LEAST_MAD)
+
+    def tokens_within(self, seconds: float, load: StepLoad, context: int) -> int:
+        """Prefill tokens behind `context` that may join `load` in a step of that time, margin
+        included; solves e/2·n² + (b + e·context)·n = what is left. Only for a trusted model.
+        """
+        _, b, _, _, e = self.coefficients
+        left = seconds / (1 + self.margin) - self.seconds(load)
+        slope = b + e * context
+        if left <= 0:
+            return 0
+        if e <= 0:
+            return int(min(left / slope, _MANY_TOKENS)) if slope > 0 else _MANY_TOKENS
+        return int((sqrt(slope * slope + 2 * e * left) - slope) / e)
+
+
+_MANY_TOKENS = 1 << 30
+
+
+class StageModel(Struct):
+    """Step times of one stage. Steps of up to `knee` tokens mostly read weights."""
+
+    knee: int = 64
+    memory_bound: RangeModel = field(default_factory=RangeModel)
+    compute_bound: RangeModel = field(default_factory=RangeModel)
+
+    @classmethod
+    def fitted(cls, samples: Sequence[Sample]) -> "StageModel":
+        """From a sweep: at the knee that explains it best."""
+        return min(
+            (cls._fitted_at(knee, samples) for knee in KNEES),
+            key=lambda model: sum(model._squared_error(sample) for sample in samples),
+        )
+
+    @classmethod
+    def _fitted_at(cls, knee: int, samples: Sequence[Sample]) -> "StageModel":
+        model = cls(knee=knee)
+        for sample in samples:
+            model._range_of(sample.load.num_tokens).learn(sample.load, sample.seconds)
+        for part in (model.memory_bound, model.compute_bound):
+            if part.is_trusted:
+                part.fit.settle()
+        for sample in samples:
+            part = model._model_of(sample.load.num_tokens)
+            part.residuals.append(sample.seconds / part.seconds(sample.load) - 1)
+        for part in (model.memory_bound, model.compute_bound):
+            part.margin = max(0.0, quantile(part.residuals, _QUANTILE)) if part.residuals else 0.0
+        return model
+
+    def _squared_error(self, sample: Sample) -> float:
+        expected = self._model_of(sample.load.num_tokens).seconds(sample.load)
+        return (sample.seconds / expected - 1) ** 2
+
+    @property
+    def num_samples(self) -> int:
+        """Steps that it has learnt from."""
+        return self.memory_bound.num_samples + self.compute_bound.num_samples
+
+    def observe(self, load: StepLoad, seconds: float) -> None:
+        """Learn from one step."""
+        self._range_of(load.num_tokens).observe(load, seconds)
+
+    def seconds(self, load: StepLoad) -> float:
+        """The expected time, without margin."""
+        return self._model_of(load.num_tokens).seconds(load)
+
+    def planned_seconds(self, load: StepLoad) -> float:
+        """The time to plan with: nine steps of ten take less."""
+        part = self._model_of(load.num_tokens)
+        return part.seconds(load) * (1 + part.margin)
+
+    def tokens_within(self, seconds: float, load: StepLoad, context: int) -> int:
+        """Prefill tokens behind `context` that may join `load` in a step of planned `seconds`."""
+        small, large = self.memory_bound, self.compute_bound
+        if not large.is_trusted:
+            return small.tokens_within(seconds, load, context) if small.is_trusted else 0
+        many = large.tokens_within(seconds, load, context)
+        up_to_knee = self.knee - load.num_tokens
+        if up_to_knee <= 0 or not small.is_trusted:
+            return many
+        few = small.tokens_within(seconds, load, context)
+        return few if few < up_to_knee else max(many, up_to_knee)
+
+    def _range_of(self, num_tokens: int) -> RangeModel:
+        return self.memory_bound if num_tokens <= self.knee else self.compute_bound
+
+    def _model_of(self, num_tokens: int) -> RangeModel:
+        """The range's own model, or the other one while that alone can be trusted."""
+        own = self._range_of(num_tokens)
+        if own.is_trusted:
+            return own
+        other = self.compute_bound if own is self.memory_bound else self.memory_bound
+        return other if other.is_trusted or not own.num_samples else own
+
+
+class PipeModel(Struct):
+    """All stages, one behind the other. With m steps in flight a cycle of them takes
+    max(Σ τ, m · max τ); `trip_overhead_s` is what a step's way through the pipe takes beside
+    computing: hops, the token's way back, planning.
+    """
+
+    stages: list[StageModel]
+    trip_overhead_s: float = 0.0
+
+    @classmethod
+    def of_size(cls, num_stages: int) -> "PipeModel":
+        """A model that has seen nothing."""
+        return cls([StageModel() for _ in range(num_stages)])
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every stage has seen enough steps, of one range at least."""
+        return all(
+            stage.memory_bound.is_trusted or stage.compute_bound.is_trusted for stage in self.stages
+        )
+
+    def observe_trip(self, load: StepLoad, seconds: float) -> None:
+        """Learn from the time between plan and result of a step that had the pipe for itself."""
+        overhead = max(0.0, seconds - self._sum_of_expected(load))
+        self.trip_overhead_s += _TRIP_SMOOTHING * (overhead - self.trip_overhead_s)
+
+    def step_seconds(self, load: StepLoad) -> float:
+        """Planned time of the slowest stage: what each step adds to a busy pipe."""
+        return max(stage.planned_seconds(load) for stage in self.stages)
+
+    def expected_step_seconds(self, load: StepLoad) -> float:
+        """The same without margin."""
+        return max(stage.seconds(load) for stage in self.stages)
+
+    def trip_seconds(self, load: StepLoad) -> float:
+        """Planned time from plan to result."""
+        return sum(stage.planned_seconds(load) for stage in self.stages) + self.trip_overhead_s
+
+    def expected_trip_seconds(self, load: StepLoad) -> float:
+        """The same without margin."""
+        return self._sum_of_expected(load) + self.trip_overhead_s
+
+    def tokens_within(self, seconds: float, load: StepLoad, context: int) -> int:
+        """Prefill tokens that may join `load` until the slowest stage takes `seconds`."""
+        return min(stage.tokens_within(seconds, load, context) for stage in self.stages)
+
+    def _sum_of_expected(self, load: StepLoad) -> float:
+        return sum(stage.seconds(load) for stage in self.stages)
+
+
+def scaled_features(load: StepLoad) -> tuple[float, ...]:
+    """The features of a step, in units that make them alike."""
+    return (
+        1.0,
+        load.num_prefill_tokens / _SCALES[1],
+        load.num_decodes / _SCALES[2],
+        load.decode_context / _SCALES[3],
+        load.prefill_context / _SCALES[4],
+    )
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """The smallest value that a share `q` of them does not exceed."""
+    return sorted(values)[max(0, ceil(q * len(values)) - 1)]

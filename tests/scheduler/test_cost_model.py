@@ -1,0 +1,156 @@
+"""The cost model finds the coefficients of a known machine, and stays sane where it cannot."""
+
+from random import Random
+
+import msgspec
+import pytest
+
+from shardline_scheduler import PipeModel, Sample, StageModel, StepLoad
+from shardline_scheduler.cost_model import MIN_SAMPLES
+
+# seconds: fixed, a prefill token, a decode, a token of decode context, of prefill context
+MACHINE = (10e-3, 0.6e-3, 1e-3, 1e-6, 0.2e-6)
+
+
+def random_load(random: Random, max_chunk: int = 400) -> StepLoad:
+    load = StepLoad()
+    for _ in range(random.randint(0, 30)):
+        load.add(1, random.randint(1, 2000))
+    if random.random() < 0.7:
+        load.add(random.randint(2, max_chunk), random.randint(0, 2000))
+    if not load.num_tokens:
+        load.add(1, 5)
+    return load
+
+
+def true_seconds(load: StepLoad, machine: tuple[float, ...] = MACHINE) -> float:
+    a, b, c, d, e = machine
+    return (
+        a
+        + b * load.num_prefill_tokens
+        + c * load.num_decodes
+        + d * load.decode_context
+        + e * load.prefill_context
+    )
+
+
+def trained(num_samples: int, noise: float = 0.0, seed: int = 0) -> StageModel:
+    random, model = Random(seed), StageModel()
+    for _ in range(num_samples):
+        load = random_load(random)
+        model.observe(load, true_seconds(load) * random.uniform(1 - noise, 1 + noise))
+    return model
+
+
+def errors(model: StageModel, machine: tuple[float, ...] = MACHINE) -> list[float]:
+    random = Random(99)
+    loads = [random_load(random) for _ in range(200)]
+    return sorted(abs(model.seconds(load) / true_seconds(load, machine) - 1) for load in loads)
+
+
+def test_an_exact_machine_is_found_exactly():
+    model = trained(600)
+    assert errors(model)[-1] < 0.01
+    assert model.compute_bound.coefficients == pytest.approx(MACHINE, rel=0.1)
+    assert model.compute_bound.margin < 0.01
+
+
+def test_noise_goes_into_the_margin_and_not_into_the_fit():
+    model = trained(600, noise=0.2)
+    assert errors(model)[100] < 0.05
+    assert 0.1 < model.compute_bound.margin < 0.25
+    load = random_load(Random(7))
+    assert model.planned_seconds(load) > model.seconds(load)
+
+
+def test_no_coefficient_is_negative_where_features_go_together():
+    random, model = Random(1), StageModel()
+    for _ in range(300):  # Contexts all alike: their sum says no more than their number.
+        load = StepLoad()
+        for _ in range(random.randint(1, 30)):
+            load.add(1, 100)
+        model.observe(load, (0.01 + 0.001 * load.num_decodes) * random.uniform(0.9, 1.1))
+    assert min(model.memory_bound.coefficients) >= 0
+
+
+def test_until_it_has_seen_enough_it_predicts_the_longest():
+    model, load = StageModel(), StepLoad(num_decodes=1, decode_context=1)
+    for i in range(1, MIN_SAMPLES):
+        model.observe(load, float(i))
+        assert model.seconds(load) == i
+    model.observe(load, 1.0)
+    assert model.seconds(load) < MIN_SAMPLES - 1
+
+
+def test_one_outlier_is_dropped_and_a_slower_machine_is_learnt():
+    model = trained(300, noise=0.05)
+    load = random_load(Random(3))
+    before = model.seconds(load)
+    model.observe(load, 10 * before)
+    assert model.seconds(load) == before
+    slower = tuple(2 * value for value in MACHINE)
+    random = Random(4)
+    for _ in range(2000):
+        load = random_load(random)
+        model.observe(load, true_seconds(load, slower) * random.uniform(0.95, 1.05))
+    assert errors(model, slower)[100] < 0.05
+
+
+def test_what_was_not_seen_for_long_keeps_its_price():
+    model = trained(300)
+    for i in range(3000):
+        load = StepLoad(num_decodes=8, decode_context=800 + i % 7)
+        model.observe(load, true_seconds(load))
+    load = StepLoad()
+    load.add(30, 0)
+    assert model.seconds(load) == pytest.approx(true_seconds(load), rel=0.05)
+
+
+def test_a_sweep_finds_the_knee():
+    samples = []
+    random = Random(5)
+    for _ in range(80):
+        load = random_load(random)
+        flat = 0.02 + 1e-5 * load.num_tokens
+        steep = 0.02 + 1e-3 * (load.num_tokens - 128)
+        samples.append(Sample(load, steep if load.num_tokens > 128 else flat))
+    assert StageModel.fitted(samples).knee == 128
+
+
+@pytest.mark.parametrize("context", [0, 1000])
+@pytest.mark.parametrize("seconds", [0.02, 0.05, 0.5])
+def test_tokens_within_a_time_take_that_time(seconds: float, context: int):
+    model = trained(600)
+    load = StepLoad()
+    load.add(1, 50)
+    num_tokens = model.tokens_within(seconds, load, context)
+    load.add(num_tokens, context)
+    assert model.planned_seconds(load) <= seconds * 1.001
+    load.add(4, context + num_tokens)
+    assert model.planned_seconds(load) > seconds
+
+
+def test_a_pipe_is_as_fast_as_its_slowest_stage_and_as_long_as_all():
+    random, pipe = Random(0), PipeModel.of_size(2)
+    assert not pipe.is_ready
+    for _ in range(400):
+        load = random_load(random)
+        pipe.stages[0].observe(load, true_seconds(load))
+        pipe.stages[1].observe(load, 2 * true_seconds(load))
+    assert pipe.is_ready
+    load = random_load(random)
+    one = true_seconds(load)
+    for _ in range(200):
+        pipe.observe_trip(load, 3 * one + 0.004)
+    assert pipe.expected_step_seconds(load) == pytest.approx(2 * one, rel=0.01)
+    assert pipe.expected_trip_seconds(load) == pytest.approx(3 * one + 0.004, rel=0.01)
+
+
+def test_it_survives_being_written_down():
+    pipe = PipeModel([trained(50), trained(50, seed=1)])
+    copy = msgspec.json.decode(msgspec.json.encode(pipe), type=PipeModel)
+    assert copy == pipe
+    load = random_load(Random(3))
+    copy.stages[0].observe(load, 0.1)
+    pipe.stages[0].observe(load, 0.1)
+    assert copy == pipe
