@@ -2,7 +2,7 @@
 #
 #   PYTHON    the interpreter that the environment is made from: 3.11 or 3.12
 #   PIP_ARGS  passed to every pip call, e.g. PIP_ARGS="--index-url URL"
-#   ARGS      passed to `shardline serve` or to pytest
+#   ARGS      passed to `shardline serve`, to pytest or to the image's check
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -16,11 +16,11 @@ KERNEL := $(VENV)/.kernel-built
 TEST_TOOLS := $(VENV)/.test-tools
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check format protos clean \
+.PHONY: help setup serve test check format protos image-check clean \
   check-format check-lint check-types check-layout
 
 help:  ## show the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
 setup: $(STAMP) $(KERNEL)  ## create .venv with the pinned packages, the demo model and the CPU kernel
 
@@ -72,6 +72,9 @@ protos: setup  ## generate the gRPC stubs from the .proto files
 	$(BIN)/python -m shardline_server.protos.build
 	$(BIN)/python -c "from pathlib import Path; from shardline_server.protos.build import build; \
 	  build(Path('clients/shardline_client/protos'), 'shardline_client.protos')"
+
+image-check:  ## run the Dockerfile's steps in a clean Debian root, and serve from there; needs root
+	@$(PYTHON) -m deploy.image_check $(ARGS)
 
 clean:  ## remove the environment, builds and tool caches (not the model cache)
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
