@@ -40,7 +40,9 @@ def open_store(listener: socket.socket, world_size: int) -> TCPStore:
 
 def join_store(host: str, port: int, world_size: int) -> TCPStore:
     """A client of the store at `host:port`."""
-    return TCPStore(host, port, world_size, is_master=False, timeout=_FORM_TIMEOUT)
+    return TCPStore(
+        host, port, world_size, is_master=False, wait_for_workers=False, timeout=_FORM_TIMEOUT
+    )
 
 
 def interface_of(host: str) -> str:

@@ -79,20 +79,25 @@ def pull(model: str, cache: Path | None) -> None:
 @click.option("--secret", envvar="SHARDLINE_SECRET", help="what the head has printed")
 @click.option("--model", help="this node's copy of the model [default: what the head names]")
 @click.option("--address", help="this node's own address [default: the one that reaches the head]")
+@click.option("--iface", metavar="NAME", help="the network interface whose address that is")
 @click.option("--cache", type=click.Path(path_type=Path), help="where converted models are kept")
 @click.option("--join-timeout", default=300, show_default=True, help="seconds to wait for the head")
 @click.option("--log-level", default="info", show_default=True)
-def worker(log_level: str, join: str, secret: str | None, **values: Any) -> None:
+def worker(log_level: str, join: str, secret: str | None, iface: str | None, **values: Any) -> None:
     """Take part, with this node, in what a head serves with --nodes."""
     _start_logging(log_level)
     with _one_line_errors():
         from shardline_server.node_agent import NodeSettings, run_node
-        from shardline_server.rendezvous import split_address
+        from shardline_server.node_plan import find_address
+        from shardline_server.rendezvous import parse_board
 
         if not secret:
             raise ConfigError("no secret: set SHARDLINE_SECRET to what the head has printed")
-        host, port = split_address(join)
-        status = run_node(NodeSettings(head_host=host, head_port=port, secret=secret, **values))
+        if iface and values["address"]:
+            raise ConfigError(f"--iface {iface} and --address say the same thing; give one")
+        if iface:
+            values["address"] = find_address(iface)
+        status = run_node(NodeSettings(board=parse_board(join), secret=secret, **values))
     click.get_current_context().exit(status)
 
 

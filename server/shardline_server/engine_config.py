@@ -5,14 +5,35 @@ from msgspec import Struct
 from shardline_shards.layout import ParallelLayout
 
 
+class BoardAddress(Struct, frozen=True, kw_only=True):
+    """Where the nodes of a launch leave notes for each other: a store, and a prefix of its keys.
+
+    The head opens the store, unless it `is_kept_by_launcher`.
+    """
+
+    host: str
+    port: int
+    prefix: str = "shardline"
+    is_kept_by_launcher: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
 class NodesConfig(Struct, frozen=True, kw_only=True):
-    """A launch over several nodes. `model` is what the operator typed: each node resolves it."""
+    """A launch over several nodes, by hand or by a `launcher`.
+
+    `model` is what the operator typed: each node resolves it. `agreed` are the settings, by name,
+    in which nodes that a launcher has started must not differ.
+    """
 
     num_nodes: int
-    rendezvous_port: int
+    board: BoardAddress
     secret: str
     model: str
+    agreed: dict[str, str]
     join_timeout_s: int
+    launcher: str | None
 
 
 class EngineConfig(Struct, frozen=True, kw_only=True):

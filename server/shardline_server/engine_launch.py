@@ -1,7 +1,6 @@
 """From settings to a running engine process."""
 
 import os
-import secrets
 import socket
 import subprocess
 from pathlib import Path
@@ -9,10 +8,11 @@ from pathlib import Path
 import msgspec
 
 from shardline_server.child import start_child_process, stop_child_processes
-from shardline_server.engine_config import EngineAddress, EngineConfig, NodesConfig
+from shardline_server.engine_config import EngineAddress, EngineConfig
 from shardline_server.errors import ConfigError
 from shardline_server.model_facts import ModelFacts, read_model_facts
-from shardline_server.rendezvous import split_address
+from shardline_server.node_launchers import Launch
+from shardline_server.node_plan import plan_head
 from shardline_server.settings import ServeSettings
 from shardline_shards.layout import ParallelLayout, check_stages, even_stages
 
@@ -33,7 +33,9 @@ def plan_layout(settings: ServeSettings, facts: ModelFacts) -> ParallelLayout:
     return ParallelLayout(tp=settings.tp, stage_layers=stage_layers)
 
 
-def plan_engine(settings: ServeSettings, model_path: Path) -> EngineConfig:
+def plan_engine(
+    settings: ServeSettings, model_path: Path, launch: Launch | None = None
+) -> EngineConfig:
     """The engine's configuration. Raises ConfigError."""
     facts = read_model_facts(model_path)
     if settings.max_model_len is not None and settings.max_model_len > facts.max_model_len:
@@ -42,7 +44,7 @@ def plan_engine(settings: ServeSettings, model_path: Path) -> EngineConfig:
             "tokens that the model was made for"
         )
     layout = plan_layout(settings, facts)
-    host, nodes = plan_nodes(settings)
+    host, nodes = plan_head(settings, launch)
     _check_is_ours(host)
     device = choose_device(settings.device, layout.world_size)
     auto_dtype = facts.dtype or "bfloat16"
@@ -70,29 +72,13 @@ def plan_engine(settings: ServeSettings, model_path: Path) -> EngineConfig:
     )
 
 
-def plan_nodes(settings: ServeSettings) -> tuple[str, NodesConfig | None]:
-    """The address that engine and workers use, and what other nodes need. Raises ConfigError."""
-    if settings.nodes == 1 or settings.rendezvous is None:
-        return settings.internal_host, None
-    host, port = split_address(settings.rendezvous)
-    secret = settings.secret.get_secret_value() if settings.secret else secrets.token_urlsafe(16)
-    nodes = NodesConfig(
-        num_nodes=settings.nodes,
-        rendezvous_port=port,
-        secret=secret,
-        model=settings.model,
-        join_timeout_s=settings.join_timeout,
-    )
-    return host, nodes
-
-
 def _check_is_ours(host: str) -> None:
     try:
         socket.create_server((host, 0)).close()
     except OSError as error:
         raise ConfigError(
             f"{host} is no address of this host ({error.strerror}); engine and workers need one: "
-            "see --internal-host, or --rendezvous for several nodes"
+            "see --iface and --internal-host, or --rendezvous for several nodes"
         ) from error
 
 

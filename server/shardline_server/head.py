@@ -37,9 +37,7 @@ class Head:
         Raises ConfigError, also to the nodes, if one is missing or does not fit.
         """
         nodes = self._nodes
-        self._board = board = open_board(
-            self._config.host, nodes.rendezvous_port, nodes.num_nodes, nodes.secret
-        )
+        self._board = board = open_board(nodes.board, nodes.secret)
         board.put("job", self._job())
         try:
             facts = self._gather(board)
@@ -58,6 +56,7 @@ class Head:
             num_nodes=self._nodes.num_nodes,
             versions=own_versions(),
             model=self._nodes.model,
+            agreed=self._nodes.agreed,
             needs_weights=self._config.load_format != "dummy",
             fingerprint=model_fingerprint(Path(self._config.model_path)),
         )

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -14,6 +15,9 @@ from shardline_server.engine_config import NodesConfig
 from shardline_server.engine_launch import EngineProcess, plan_engine
 from shardline_server.errors import ConfigError, EngineUnavailable
 from shardline_server.frontend import Addresses, Frontend, FrontendConfig
+from shardline_server.node_agent import run_node
+from shardline_server.node_launchers import find_launch
+from shardline_server.node_plan import plan_node
 from shardline_server.settings import ServeSettings
 from shardline_shards.sources import resolve_model
 
@@ -26,15 +30,21 @@ _LAST_WORDS_TAKE_S = 1.0
 def serve(settings: ServeSettings) -> int:
     """Serve until a signal says stop; returns the exit status.
 
+    Started by a launcher on another node than the first, this process takes part in what that
+    one serves.
+
     Raises ConfigError and ShardError for what the operator can mend.
     """
+    launch = find_launch(os.environ)
+    if launch is not None and launch.node_index > 0:
+        return run_node(plan_node(settings, launch))
     needs_weights = settings.load_format != "dummy"
     model_path = resolve_model(
         settings.model, cache_dir=settings.cache, needs_weights=needs_weights
     )
-    config = plan_engine(settings, model_path)
+    config = plan_engine(settings, model_path, launch)
     if config.nodes is not None:
-        print(_join_line(config.host, config.nodes), flush=True)
+        print(_waiting_line(config.nodes), flush=True)
     engine = EngineProcess(config)
     try:
         return asyncio.run(_serve(settings, model_path, engine))
@@ -93,11 +103,14 @@ async def _announce(frontend: Frontend, addresses: Addresses, settings: ServeSet
     print(_banner(addresses, settings), flush=True)
 
 
-def _join_line(host: str, nodes: NodesConfig) -> str:
+def _waiting_line(nodes: NodesConfig) -> str:
+    waiting = f"Waiting for {nodes.num_nodes - 1} more node(s)"
+    if nodes.launcher is not None:
+        return f"{waiting} that {nodes.launcher} has started."
     return f"""
-Waiting for {nodes.num_nodes - 1} more node(s). On each of them:
+{waiting}. On each of them:
 
-  SHARDLINE_SECRET={nodes.secret} shardline worker --join {host}:{nodes.rendezvous_port}
+  SHARDLINE_SECRET={nodes.secret} shardline worker --join {nodes.board}
 """
 
 

@@ -3,11 +3,12 @@
 import logging
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
+from shardline_server.engine_config import BoardAddress
 from shardline_server.errors import ConfigError
 from shardline_server.local_workers import LocalWorkers
 from shardline_server.node_watch import SILENCE_LIMIT_S, HeadWatch
@@ -30,15 +31,19 @@ logger = logging.getLogger("shardline.node")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeSettings:
-    """What `shardline worker` was started with; `model` and `address` override what is found."""
+    """How to take part; `model` and `address` override what is found.
 
-    head_host: str
-    head_port: int
+    A launcher also says this node's `number`, and the settings that it was `agreed` on.
+    """
+
+    board: BoardAddress
     secret: str
     model: str | None
     address: str | None
     cache: Path | None
     join_timeout: float
+    number: int | None = None
+    agreed: dict[str, str] = field(default_factory=dict)
 
 
 class _Leave(BaseException):
@@ -85,15 +90,14 @@ def _run(settings: NodeSettings, workers: LocalWorkers) -> int:
 def _join(settings: NodeSettings) -> tuple[str, Assignment]:
     """Find the head, check that we fit, get work. Raises ConfigError."""
     deadline = time.monotonic() + settings.join_timeout
-    host, port = settings.head_host, settings.head_port
-    board = find_board(host, port, 2, settings.secret, deadline)
-    job = board.take("job", Job, deadline, lambda: f"the head at {host}:{port} offers no job")
-    number = board.draw_number()
-    if number >= job.num_nodes:
-        raise ConfigError(f"all {job.num_nodes} nodes have joined already; this one is too many")
-    address = settings.address or own_address(host, port)
+    where = settings.board
+    board = find_board(where, settings.secret, deadline)
+    job = board.take("job", Job, deadline, lambda: f"the head at {where} offers no job")
+    number = _take_number(board, job, settings.number)
+    address = settings.address or own_address(where.host, where.port)
     name = f"{number} ({node_name()}, {address})"
     try:
+        _check_agreed(job, settings)
         model_path = _find_model(job, settings)
     except (ConfigError, ShardError) as error:
         board.put(f"node/{number}", NodeFacts(name=name, address=address, problem=str(error)))
@@ -103,10 +107,29 @@ def _join(settings: NodeSettings) -> tuple[str, Assignment]:
     return name, _localized(assignment, model_path, address)
 
 
+def _take_number(board: NoteBoard, job: Job, wanted: int | None) -> int:
+    """This node's number: what the launcher said, else the next. Raises ConfigError if taken."""
+    number = board.draw_number() if wanted is None else wanted
+    if number >= job.num_nodes:
+        raise ConfigError(f"all {job.num_nodes} nodes have joined already; this one is too many")
+    if not board.claim(number):
+        raise ConfigError(f"node {number} has joined already; this one is too many")
+    return number
+
+
+def _check_agreed(job: Job, settings: NodeSettings) -> None:
+    for name, value in settings.agreed.items():
+        if value != job.agreed[name]:
+            raise ConfigError(
+                f"{name} is {value} here and {job.agreed[name]} on the head; "
+                "start all nodes with the same settings"
+            )
+
+
 def _take_assignment(
     board: NoteBoard, number: int, deadline: float, settings: NodeSettings
 ) -> Assignment:
-    missing = f"the head at {settings.head_host} gave no work; is another node missing?"
+    missing = f"the head at {settings.board} gave no work; is another node missing?"
     assignment = board.take(f"assignment/{number}", Assignment, deadline, lambda: missing)
     if assignment.refusal is not None:
         raise ConfigError(f"the head does not start: {assignment.refusal}")

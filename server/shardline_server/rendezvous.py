@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 from msgspec import Struct
 
+from shardline_server.engine_config import BoardAddress
 from shardline_server.errors import ConfigError
 from shardline_shards.messages import WorkerConfig
 
@@ -26,14 +27,16 @@ if TYPE_CHECKING:
 
 _Note = TypeVar("_Note", bound=Struct)
 _SLICE_S = 1.0
+_NUM_ENDS = 2  # the store wants a number, and does not wait for it
 
 
 class Job(Struct, frozen=True, kw_only=True):
-    """What the head serves; every node checks that it can take part."""
+    """What the head serves, and with which settings; every node checks that it can take part."""
 
     num_nodes: int
     versions: dict[str, str]
     model: str
+    agreed: dict[str, str]
     needs_weights: bool
     fingerprint: str
 
@@ -88,6 +91,10 @@ class NoteBoard:
         """This node's number: 1 for the first that asks."""
         return int(self._store.add("arrivals", 1))
 
+    def claim(self, number: int) -> bool:
+        """Whether this is the first node of that number."""
+        return int(self._store.add(f"claims/{number}", 1)) == 1
+
     def _is_there(self, key: str) -> bool:
         from torch.distributed import DistStoreError
 
@@ -103,39 +110,45 @@ class NoteBoard:
         return hmac.new(self._secret, key.encode() + b"\0" + payload, hashlib.sha256).digest()
 
 
-def open_board(host: str, port: int, num_nodes: int, secret: str) -> NoteBoard:
-    """The head's board, at `host:port` and no other address. Raises ConfigError if it is taken."""
+def open_board(address: BoardAddress, secret: str) -> NoteBoard:
+    """The head's board, listening at that address and no other. Raises ConfigError if it cannot."""
+    if address.is_kept_by_launcher:
+        return find_board(address, secret, time.monotonic())
     try:
-        listener = socket.create_server((host, port))
+        listener = socket.create_server((address.host, address.port))
     except OSError as error:
-        raise ConfigError(
-            f"--rendezvous {host}:{port} cannot be opened: {error.strerror}"
-        ) from error
+        raise ConfigError(f"--rendezvous {address} cannot be opened: {error.strerror}") from error
     from shardline_shards.distributed import open_store
 
     _hush_store()
-    return NoteBoard(open_store(listener, num_nodes), secret)
+    return _make_board(open_store(listener, _NUM_ENDS), address, secret)
 
 
-def find_board(host: str, port: int, num_nodes: int, secret: str, deadline: float) -> NoteBoard:
+def find_board(address: BoardAddress, secret: str, deadline: float) -> NoteBoard:
     """The same board, for a node; waits for the head until `deadline`. Raises ConfigError."""
     while True:
         try:
-            socket.create_connection((host, port), timeout=_SLICE_S).close()
+            socket.create_connection((address.host, address.port), timeout=_SLICE_S).close()
             break
         except OSError as error:
             if time.monotonic() >= deadline:
-                raise ConfigError(f"no head answers at {host}:{port} ({error})") from error
+                raise ConfigError(f"no head answers at {address} ({error})") from error
             time.sleep(_SLICE_S / 5)  # refused at once; there is nothing to wait on
     from shardline_shards.distributed import join_store
 
     _hush_store()
-    return NoteBoard(join_store(host, port, num_nodes), secret)
+    return _make_board(join_store(address.host, address.port, _NUM_ENDS), address, secret)
 
 
 def _hush_store() -> None:
     """The store logs a stack trace for every wait that ends without a note."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+
+
+def _make_board(store: "Store", address: BoardAddress, secret: str) -> NoteBoard:
+    from torch._C._distributed_c10d import PrefixStore
+
+    return NoteBoard(PrefixStore(address.prefix, store), secret)
 
 
 def own_versions() -> dict[str, str]:
@@ -156,9 +169,9 @@ def node_name() -> str:
     return platform.node() or "node"
 
 
-def split_address(address: str) -> tuple[str, int]:
-    """`HOST:PORT` as its parts. Raises ConfigError."""
+def parse_board(address: str) -> BoardAddress:
+    """The board at `HOST:PORT`. Raises ConfigError."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise ConfigError(f"{address!r} is not HOST:PORT, such as 10.0.0.1:29500")
-    return host, int(port)
+    return BoardAddress(host=host, port=int(port))

@@ -104,12 +104,19 @@ class ServeSettings(BaseSettings):
     threads_per_worker: Annotated[Count | None, Flag("Splitting", "N")] = Field(
         None, description="CPU threads of a worker [default: the host's cores, shared out]"
     )
-    internal_host: Annotated[str, Flag("Splitting", "ADDRESS")] = Field(
-        "127.0.0.1", description="the address at which engine and workers reach each other"
+    internal_host: Annotated[str | None, Flag("Splitting", "ADDRESS")] = Field(
+        None,
+        description="the address at which engine and workers reach each other "
+        "[default: 127.0.0.1; with several nodes the one that the others come to]",
+    )
+    iface: Annotated[str | None, Flag("Splitting", "NAME")] = Field(
+        None, description="the network interface whose address that is, such as eth0"
     )
 
-    nodes: Annotated[Count, Flag("Several nodes", "N")] = Field(
-        1, description="nodes that hold the stages, this one included"
+    nodes: Annotated[Count | None, Flag("Several nodes", "N")] = Field(
+        None,
+        description="nodes that hold the stages, this one included "
+        "[default: 1, or as many as torchrun or srun has started]",
     )
     rendezvous: Annotated[str | None, Flag("Several nodes", "HOST:PORT")] = Field(
         None, description="an address of this node, where the others find it"
@@ -204,21 +211,16 @@ class ServeSettings(BaseSettings):
                 f"kv_memory {int(self.kv_memory)} bytes and num_kv_blocks {self.num_kv_blocks} "
                 "say the same thing; give one"
             )
-        if self.nodes > 1 and self.rendezvous is None:
-            raise ValueError(
-                f"nodes is {self.nodes}: name an address of this node as rendezvous, "
-                "such as --rendezvous 10.0.0.1:29500"
-            )
-        if self.nodes > self.pp:
-            raise ValueError(
-                f"{self.nodes} nodes need as many stages and pp is {self.pp}: stages go over nodes "
-                f"and shards stay inside one; --pp {self.nodes} would fit"
-            )
         if self.port == self.grpc_port != 0:
             raise ValueError(
                 f"port and grpc_port are both {self.port}; HTTP and gRPC need one each"
             )
-        if _is_unspecified(self.internal_host):
+        if self.iface is not None and self.internal_host is not None:
+            raise ValueError(
+                f"iface {self.iface} and internal_host {self.internal_host} "
+                "say the same thing; give one"
+            )
+        if self.internal_host is not None and _is_unspecified(self.internal_host):
             raise ValueError(
                 f"internal_host {self.internal_host} is not an address that workers can connect to"
             )

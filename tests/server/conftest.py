@@ -1,12 +1,16 @@
 """What the server's tests share: a tiny tokenizer, and a front end before a scripted engine."""
 
+import os
+import shutil
 from contextlib import contextmanager
 
 import grpc
 import httpx
 import pytest
+from tests.server.namespaces import two_hosts
 from tests.server.peer import EnginePeer
 from tests.server.running import running_frontend
+from tests.server.two_nodes import ended, generate, read_url, start_alone
 from tests.tiny import save_tiny
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as FastTokenizer
@@ -145,3 +149,21 @@ def served(tiny_model):
         running_frontend(engine.read_address(), tiny_model) as running,
     ):
         yield running
+
+
+@pytest.fixture(scope="session")
+def hosts():
+    """Two network namespaces with a wire between them."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        # CI has both, so there this is a failure.
+        say = pytest.fail if os.environ.get("CI") else pytest.skip
+        say("network namespaces need root, and ip and tc of Debian's iproute2")
+    with two_hosts() as hosts:
+        yield hosts
+
+
+@pytest.fixture(scope="session")
+def tokens_of_one_process(tiny_model):
+    """What `generate` gets from a server of one process."""
+    with ended(start_alone(tiny_model)) as (process,):
+        return generate(read_url(process))

@@ -1,102 +1,22 @@
 """One model over two hosts, each a network namespace with an address of its own. Needs root."""
 
 import json
-import os
-import random
-import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
-from tests.server.namespaces import DOOR_ADDRESS, HEAD_ADDRESS, Hosts, two_hosts
-from tests.server.test_serve import read_url
+from tests.server.namespaces import Hosts
+from tests.server.two_nodes import (
+    RENDEZVOUS,
+    generate,
+    launched,
+    refused,
+    start_head,
+    start_node,
+)
 
 from shardline_shards.layout import ParallelLayout
-
-RENDEZVOUS = f"{HEAD_ADDRESS}:29500"
-SECRET = "a secret of the tests"
-PYTHON = [sys.executable, "-m", "shardline_server"]
-
-
-@pytest.fixture(scope="module")
-def hosts() -> Iterator[Hosts]:
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        # CI has both, so there this is a failure.
-        say = pytest.fail if os.environ.get("CI") else pytest.skip
-        say("network namespaces need root, and ip and tc of Debian's iproute2")
-    with two_hosts() as hosts:
-        yield hosts
-
-
-def start(hosts: Hosts, namespace: str, *arguments: str, secret: str = SECRET) -> subprocess.Popen:
-    return subprocess.Popen(
-        hosts.inside(namespace, *PYTHON, *arguments),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"SHARDLINE_SECRET": secret},
-    )
-
-
-def start_head(hosts: Hosts, model: Path, *options: str) -> subprocess.Popen:
-    ports = ("--host", DOOR_ADDRESS, "--port", "0", "--grpc-port", "0", "--dtype", "float32")
-    nodes = ("--nodes", "2", "--rendezvous", RENDEZVOUS, "--threads-per-worker", "1")
-    return start(hosts, hosts.head, "serve", str(model), *ports, *nodes, *options)
-
-
-def start_node(hosts: Hosts, *options: str, secret: str = SECRET) -> subprocess.Popen:
-    return start(hosts, hosts.node, "worker", "--join", RENDEZVOUS, *options, secret=secret)
-
-
-@contextmanager
-def launched(hosts: Hosts, model: Path, *options: str):
-    head = start_head(hosts, model, *options)
-    node = start_node(hosts)
-    try:
-        yield head, node, read_url_after_join_line(head)
-    finally:
-        for process in (head, node):
-            process.kill()
-            process.communicate()
-
-
-def read_url_after_join_line(head: subprocess.Popen) -> str:
-    assert head.stdout is not None
-    lines = []
-    for line in head.stdout:
-        lines.append(line)
-        if f"--join {RENDEZVOUS}" in line:
-            break
-    assert any("SHARDLINE_SECRET=" in line for line in lines), lines
-    return read_url(head)
-
-
-def generate(url: str) -> list[list[int]]:
-    """Eight greedy requests at once, mixed lengths."""
-    rng = random.Random(5)
-    prompts = [[rng.randrange(3, 400) for _ in range(rng.randint(1, 60))] for _ in range(8)]
-    body = {"prompt": prompts, "max_tokens": 20, "temperature": 0, "return_token_ids": True}
-    response = httpx.post(f"{url}/v1/completions", json=body, timeout=120)
-    response.raise_for_status()
-    return [choice["token_ids"] for choice in response.json()["choices"]]
-
-
-@pytest.fixture(scope="module")
-def tokens_of_one_process(tiny_model: Path) -> list[list[int]]:
-    command = [*PYTHON, "serve", str(tiny_model), "--port", "0", "--grpc-port", "0"]
-    process = subprocess.Popen(
-        [*command, "--dtype", "float32"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        return generate(read_url(process))
-    finally:
-        process.terminate()
-        process.communicate()
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -148,12 +68,6 @@ def wait_for_failure(url: str) -> str:
     while (response := httpx.get(f"{url}/health", timeout=30)).status_code == 200:
         httpx.post(f"{url}/v1/completions", json={"prompt": [5], "max_tokens": 1}, timeout=60)
     return response.text
-
-
-def refused(process: subprocess.Popen) -> str:
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2, errors
-    return errors.strip().splitlines()[-1]
 
 
 def test_a_wrong_secret(hosts: Hosts, tiny_model: Path) -> None:

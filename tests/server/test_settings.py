@@ -77,6 +77,7 @@ def test_a_wrong_value_is_told_by_the_name_it_was_set_with(
         ({"kv_memory": "1KiB", "num_kv_blocks": 9}, "1024 bytes and num_kv_blocks 9"),
         ({"port": 81, "grpc_port": 81}, "port and grpc_port are both 81"),
         ({"internal_host": "0.0.0.0"}, "internal_host 0.0.0.0 is not an address"),
+        ({"iface": "lo", "internal_host": "127.0.0.1"}, "iface lo and internal_host 127.0.0.1"),
         ({"port": 65536}, "65536"),
         ({"kv_memory": "0"}, "greater than 0"),
     ],
@@ -160,3 +161,11 @@ def test_settings_are_frozen() -> None:
 def test_served_name_follows_from_the_model(model: str, name: str) -> None:
     assert load_settings({"model": model}).model_name == name
     assert load_settings({"model": model, "served_model_name": "mine"}).model_name == "mine"
+
+
+def test_an_interface_that_is_not_there_is_refused_with_those_that_are() -> None:
+    from shardline_server.node_plan import find_address
+
+    assert find_address("lo") == "127.0.0.1"
+    with pytest.raises(ConfigError, match=r"--iface eth99: this node has .*\blo\b"):
+        find_address("eth99")
