@@ -9,8 +9,12 @@ from shardline_client.async_client import AsyncClient
 from shardline_client.client import Client, Stream
 from shardline_client.errors import (
     AuthenticationFailed,
+    BudgetImpossible,
+    BudgetUnmet,
     ClientError,
     ConnectionFailed,
+    DeadlineMissed,
+    ErrorFacts,
     InvalidRequest,
     NotFound,
     Overloaded,
@@ -19,8 +23,9 @@ from shardline_client.errors import (
     ServerError,
     StreamBroken,
 )
-from shardline_client.requests import Message
+from shardline_client.requests import LatencyBudget, Message
 from shardline_client.results import (
+    BudgetOutcome,
     Choice,
     Completion,
     Model,
@@ -36,12 +41,18 @@ __all__ = [
     "AsyncClient",
     "AsyncStream",
     "AuthenticationFailed",
+    "BudgetImpossible",
+    "BudgetOutcome",
+    "BudgetUnmet",
     "Choice",
     "Client",
     "ClientError",
     "Completion",
     "ConnectionFailed",
+    "DeadlineMissed",
+    "ErrorFacts",
     "InvalidRequest",
+    "LatencyBudget",
     "Message",
     "Model",
     "NotFound",

@@ -8,7 +8,7 @@ from typing import Self, Unpack
 from shardline_client.async_client import AsyncClient
 from shardline_client.loop_thread import LoopThread
 from shardline_client.requests import ChatOptions, CompleteOptions, Messages, Prompt
-from shardline_client.results import Completion, Model, Piece, Tokens, Usage
+from shardline_client.results import BudgetOutcome, Completion, Model, Piece, Tokens, Usage
 from shardline_client.settings import ClientOptions, Settings
 from shardline_client.stream import AsyncStream
 
@@ -33,6 +33,11 @@ class Stream:
     def usage(self) -> Usage | None:
         """What the request took; None until the stream has ended by itself."""
         return self._stream.usage
+
+    @property
+    def latency_budget(self) -> BudgetOutcome | None:
+        """How its latency budget was kept; None until the stream has ended by itself."""
+        return self._stream.latency_budget
 
     @property
     def completion(self) -> Completion:

@@ -41,6 +41,15 @@ _SAMPLING: tuple[Decorator, ...] = (
 )
 
 
+_BUDGET: tuple[Decorator, ...] = (
+    click.option("--ttft-ms", type=float, help="latency budget: arrival to first token"),
+    click.option("--tpot-ms", type=float, help="mean time of each later token"),
+    click.option("--deadline-ms", type=float, help="arrival to last token"),
+    click.option("--priority", type=click.Choice(["interactive", "standard", "batch"])),
+    click.option("--on-miss", type=click.Choice(["reject", "degrade"])),
+)
+
+
 class _Lengths(click.ParamType[tuple[int, int]]):
     name = "N|LOW:HIGH"
 
@@ -75,6 +84,7 @@ def main() -> None:
 @_with(_CONNECTION)
 @click.option("--system", help="the system prompt")
 @_with(_SAMPLING)
+@_with(_BUDGET)
 def chat(url: str, system: str | None, **values: Any) -> None:
     """Talk to the model at URL. Ctrl-C stops an answer, Ctrl-D or /exit ends."""
     from shardline_client.chat import Conversation, make_view
@@ -90,6 +100,7 @@ def chat(url: str, system: str | None, **values: Any) -> None:
 @_with(_CONNECTION)
 @click.argument("text", required=False)
 @_with(_SAMPLING)
+@_with(_BUDGET)
 def complete(url: str, text: str | None, **values: Any) -> None:
     """Continue TEXT (or what stdin holds, as it is) and write nothing but the continuation."""
     prompt = sys.stdin.read() if text is None or text == "-" else text
@@ -165,7 +176,11 @@ def _connection(values: dict[str, Any]) -> "ClientOptions":
 
 
 def _sampling(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value not in (None, ())}
+    """What was said, with the latency budget under one name."""
+    said = {name: value for name, value in values.items() if value not in (None, ())}
+    names = ("ttft_ms", "tpot_ms", "deadline_ms", "priority", "on_miss")
+    budget = {name: said.pop(name) for name in names if name in said}
+    return said | ({"latency_budget": budget} if budget else {})
 
 
 @contextmanager

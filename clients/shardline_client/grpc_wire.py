@@ -1,14 +1,18 @@
 """Between our words and protobuf's; no I/O."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
 from typing import Any, cast
 
 import grpc
+from google.protobuf.message import DecodeError, Message
 
 from shardline_client.errors import (
+    KINDS_BY_CODE,
     AuthenticationFailed,
     ClientError,
     ConnectionFailed,
+    ErrorFacts,
     InvalidRequest,
     NotFound,
     Overloaded,
@@ -16,8 +20,17 @@ from shardline_client.errors import (
     ServerError,
 )
 from shardline_client.protos.shardline.v1 import generation_pb2 as pb
-from shardline_client.requests import Generate, Message, Tokenize
-from shardline_client.results import Model, Piece, StopReason, TokenLogprob, Tokens, Usage
+from shardline_client.requests import Generate, Tokenize
+from shardline_client.requests import Message as ChatMessage
+from shardline_client.results import (
+    BudgetOutcome,
+    Model,
+    Piece,
+    StopReason,
+    TokenLogprob,
+    Tokens,
+    Usage,
+)
 from shardline_client.transport import Generated
 
 _FINISH_REASONS = {
@@ -46,6 +59,8 @@ def generate_request(request: Generate) -> pb.GenerateRequest:
             model=request.model or "",
             sampling=pb.SamplingParams(**request.sampling),
         )
+        if request.latency_budget is not None:
+            message.latency_budget.CopyFrom(pb.LatencyBudget(**request.latency_budget))
         if request.add_special_tokens is not None:
             message.add_special_tokens = request.add_special_tokens
         if request.messages is not None:
@@ -87,6 +102,8 @@ def parts(delta: pb.GenerateDelta) -> Iterator[Generated]:
             completion_tokens=delta.usage.completion_tokens,
             cached_tokens=delta.usage.cached_tokens,
         )
+    if delta.HasField("latency_budget"):
+        yield _outcome(delta.latency_budget)
 
 
 def models(answer: pb.ListModelsResponse) -> tuple[Model, ...]:
@@ -106,20 +123,43 @@ def error_of(error: grpc.aio.AioRpcError) -> ClientError:
     """The exception for a call that failed."""
     # Pairs, whatever the type stubs of grpc say.
     pairs = cast(Iterable[tuple[str, str | bytes]], error.trailing_metadata() or ())
-    trailing = {key: str(value) for key, value in pairs}
+    trailing = {key: value for key, value in pairs if isinstance(value, str)}
     code = trailing.get("shardline-error-code")
-    return _kind(error.code(), is_from_server=code is not None)(
-        error.details() or error.code().name,
+    retry, refusal = _details(error)
+    facts = ErrorFacts(
         code=code,
         param=trailing.get("shardline-error-param"),
-        retry_after_s=_retry_after_s(trailing),
+        retry_after_s=_retry_after_s(trailing) if retry is None else retry,
+        asked=None if refusal is None else _present(refusal.asked),
+        predicted=None if refusal is None else _present(refusal.predicted),
     )
+    kind = KINDS_BY_CODE.get(code or "") or _kind(error.code(), is_from_server=code is not None)
+    return kind(error.details() or error.code().name, facts=facts)
 
 
 def _kind(code: grpc.StatusCode, *, is_from_server: bool) -> type[ClientError]:
     if code is grpc.StatusCode.UNAVAILABLE:  # grpc itself says so where there is no connection
         return Overloaded if is_from_server else ConnectionFailed
     return _ERRORS.get(code, ServerError)
+
+
+def _details(error: grpc.aio.AioRpcError) -> tuple[float | None, pb.BudgetRefusal | None]:
+    """What google.rpc details say: seconds to wait, and the refused budget. Raises nothing."""
+    from google.rpc.error_details_pb2 import RetryInfo  # only calls that fail need them
+    from grpc_status import rpc_status
+
+    try:
+        status = rpc_status.from_call(cast(grpc.Call, error))  # reads it as one
+    except (ValueError, DecodeError):  # of a server that is not ours
+        return None, None
+    retry, refusal = RetryInfo(), pb.BudgetRefusal()
+    found: tuple[float | None, pb.BudgetRefusal | None] = None, None
+    for detail in () if status is None else status.details:
+        if detail.Unpack(retry):
+            found = retry.retry_delay.ToTimedelta().total_seconds(), found[1]
+        elif detail.Unpack(refusal):
+            found = found[0], refusal
+    return found
 
 
 def _retry_after_s(trailing: Mapping[str, str]) -> float | None:
@@ -130,13 +170,23 @@ def _retry_after_s(trailing: Mapping[str, str]) -> float | None:
         return None
 
 
-def _chat(messages: tuple[Message, ...], template: Mapping[str, Any]) -> pb.Chat:
+def _chat(messages: tuple[ChatMessage, ...], template: Mapping[str, Any]) -> pb.Chat:
     fields = dict(template)
     variables = fields.pop("chat_template_kwargs", None)
     chat = pb.Chat(messages=[pb.ChatMessage(**message) for message in messages], **fields)
     if variables is not None:
         chat.chat_template_kwargs.update(variables)
     return chat
+
+
+def _present(message: Message) -> dict[str, Any]:
+    return {field.name: value for field, value in message.ListFields()}
+
+
+def _outcome(message: pb.BudgetOutcome) -> BudgetOutcome:
+    values: dict[str, Any] = dict.fromkeys(field.name for field in fields(BudgetOutcome))
+    values |= _present(message) | {"met": message.met, "e2e_ms": message.e2e_ms}
+    return BudgetOutcome(**values)
 
 
 def _stop_reason(delta: pb.GenerateDelta) -> StopReason:

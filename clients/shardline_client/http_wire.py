@@ -2,13 +2,16 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import fields as fields_of
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
 from shardline_client.errors import (
+    KINDS_BY_CODE,
     AuthenticationFailed,
     ClientError,
+    ErrorFacts,
     InvalidRequest,
     NotFound,
     Overloaded,
@@ -16,7 +19,7 @@ from shardline_client.errors import (
     ServerError,
 )
 from shardline_client.requests import Generate, Tokenize
-from shardline_client.results import Model, Piece, TokenLogprob, Tokens, Usage
+from shardline_client.results import BudgetOutcome, Model, Piece, TokenLogprob, Tokens, Usage
 from shardline_client.transport import Generated
 
 JsonObject = Mapping[str, Any]
@@ -47,6 +50,8 @@ def body(request: Generate, *, openai_only: bool) -> dict[str, Any]:
         fields["model"] = request.model
     if request.add_special_tokens is not None:
         fields["add_special_tokens"] = request.add_special_tokens
+    if request.latency_budget is not None:
+        fields["latency_budget"] = request.latency_budget
     if not openai_only:
         fields["return_token_ids"] = True
     if request.messages is None:
@@ -103,6 +108,8 @@ class ChunkReader:
                 completion_tokens=used.get("completion_tokens") or 0,
                 cached_tokens=details.get("cached_tokens") or 0,
             )
+        if (outcome := chunk.get("latency_budget")) is not None:
+            yield BudgetOutcome(**{one.name: outcome[one.name] for one in fields_of(BudgetOutcome)})
 
     def _piece(self, choice: JsonObject) -> Piece:
         number = choice.get("index") or 0
@@ -138,14 +145,19 @@ def _logprobs(logprobs: JsonObject, num_top: int) -> Iterator[TokenLogprob]:
 def error_of(status: int, text: str, headers: Mapping[str, str]) -> ClientError:
     """The exception for an answer that is not a success, whoever wrote it."""
     fields = _error_fields(text)
+    code = _text_or_none(fields.get("code"))
     kind = _ERRORS.get(status, InvalidRequest if 400 <= status < 500 else ServerError)
     message = fields.get("message") or f"HTTP {status}: {' '.join(text.split())[:200] or 'no text'}"
-    return kind(
-        str(message),
-        code=_text_or_none(fields.get("code")),
+    budget = fields.get("latency_budget") or {}
+    facts = ErrorFacts(
+        code=code,
         param=_text_or_none(fields.get("param")),
-        retry_after_s=retry_after_s(headers.get("retry-after", "")),
+        # The header has whole seconds.
+        retry_after_s=fields.get("retry_after_s") or retry_after_s(headers.get("retry-after", "")),
+        asked=budget.get("asked"),
+        predicted=budget.get("predicted"),
     )
+    return KINDS_BY_CODE.get(code or "", kind)(str(message), facts=facts)
 
 
 def retry_after_s(value: str) -> float | None:

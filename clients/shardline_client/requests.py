@@ -19,6 +19,21 @@ Prompt = str | Sequence[int]
 Messages = Sequence[Message]
 
 
+class LatencyBudget(TypedDict, total=False):
+    """How long an answer may take, in milliseconds; what is left out the priority's class says.
+
+    `ttft_ms` is for the first token, `tpot_ms` for the mean time of each later one, `deadline_ms`
+    for the last; `priority` is "interactive", "standard" or "batch"; `on_miss` "reject" or
+    "degrade".
+    """
+
+    ttft_ms: float
+    tpot_ms: float
+    deadline_ms: float
+    priority: str
+    on_miss: str
+
+
 class Sampling(TypedDict, total=False):
     """How tokens are chosen and when they end; what is left out is the server's to say.
 
@@ -50,6 +65,7 @@ class _Common(Sampling, total=False):
     request_id: str
     timeout_s: float | None
     add_special_tokens: bool
+    latency_budget: LatencyBudget
 
 
 class CompleteOptions(_Common, total=False):
@@ -67,7 +83,14 @@ class ChatOptions(_Common, total=False):
 
 
 TEMPLATE_FIELDS = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
-_OWN_FIELDS = ("model", "request_id", "timeout_s", "add_special_tokens", *TEMPLATE_FIELDS)
+_OWN_FIELDS = (
+    "model",
+    "request_id",
+    "timeout_s",
+    "add_special_tokens",
+    "latency_budget",
+    *TEMPLATE_FIELDS,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +107,7 @@ class Generate:
     add_special_tokens: bool | None
     sampling: Mapping[str, Any]
     template: Mapping[str, Any]
+    latency_budget: LatencyBudget | None
 
     @property
     def num_choices(self) -> int:
@@ -146,6 +170,7 @@ def _generate(
         messages=messages,
         add_special_tokens=said.get("add_special_tokens"),
         sampling=sampling,
+        latency_budget=said.get("latency_budget"),
         template={name: said[name] for name in TEMPLATE_FIELDS if name in said},
     )
 

@@ -7,6 +7,23 @@ StopReason = str | int | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BudgetOutcome:
+    """How a request kept its latency budget; of several choices the worst. In milliseconds.
+
+    `met` is true where nothing was asked for. `tpot_ms` is None below two output tokens, a
+    prediction where there was none.
+    """
+
+    met: bool
+    ttft_ms: float | None
+    tpot_ms: float | None
+    e2e_ms: float
+    predicted_ttft_ms: float | None
+    predicted_tpot_ms: float | None
+    predicted_e2e_ms: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
     """What a request took, in tokens; each prompt counts once, whatever `n` is."""
 
@@ -58,11 +75,14 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
-    """All answers to one request; `usage` is None where the server never told (an abort)."""
+    """All answers to one request; `usage` is None where the server never told (an abort), and
+    `latency_budget` likewise.
+    """
 
     request_id: str
     choices: tuple[Choice, ...]
     usage: Usage | None
+    latency_budget: BudgetOutcome | None
 
     @property
     def text(self) -> str:
@@ -98,14 +118,21 @@ class Collector:
 
     num_choices: int
     usage: Usage | None = None
+    latency_budget: BudgetOutcome | None = None
     _pieces: list[list[Piece]] = field(init=False)
 
     def __post_init__(self) -> None:
         self._pieces = [[] for _ in range(self.num_choices)]
 
-    def add(self, piece: Piece) -> None:
+    def add(self, part: Piece | Usage | BudgetOutcome) -> None:
         """Pieces of one choice come in order."""
-        self._pieces[piece.choice].append(piece)
+        match part:
+            case Piece():
+                self._pieces[part.choice].append(part)
+            case Usage():
+                self.usage = part
+            case BudgetOutcome():
+                self.latency_budget = part
 
     def abort(self) -> list[Piece]:
         """Add a last piece to each choice that has not ended; these pieces."""
@@ -120,7 +147,12 @@ class Collector:
     def completion(self, request_id: str) -> Completion:
         """Everything that has come so far."""
         choices = tuple(_joined(pieces) for pieces in self._pieces)
-        return Completion(request_id=request_id, choices=choices, usage=self.usage)
+        return Completion(
+            request_id=request_id,
+            choices=choices,
+            usage=self.usage,
+            latency_budget=self.latency_budget,
+        )
 
 
 def _joined(pieces: list[Piece]) -> Choice:

@@ -8,7 +8,7 @@ from typing import Protocol, Self
 
 from shardline_client.errors import ClientError, ConnectionFailed, RequestTimeout, StreamBroken
 from shardline_client.requests import Generate
-from shardline_client.results import Collector, Completion, Piece, Usage
+from shardline_client.results import BudgetOutcome, Collector, Completion, Piece, Usage
 from shardline_client.retries import attempts
 from shardline_client.settings import Retry
 from shardline_client.transport import Generated, Transport
@@ -58,6 +58,11 @@ class AsyncStream:
     def usage(self) -> Usage | None:
         """What the request took; None until the stream has ended by itself."""
         return self._collector.usage
+
+    @property
+    def latency_budget(self) -> BudgetOutcome | None:
+        """How its latency budget was kept; None until the stream has ended by itself."""
+        return self._collector.latency_budget
 
     @property
     def completion(self) -> Completion:
@@ -111,10 +116,8 @@ class AsyncStream:
             self._deadline = asyncio.get_running_loop().time() + self._timeout_s
         try:
             while (part := await self._next()) is not None:
-                if isinstance(part, Usage):
-                    self._collector.usage = part
-                else:
-                    self._collector.add(part)
+                self._collector.add(part)
+                if isinstance(part, Piece):
                     yield part
             for piece in self._collector.abort() if self._is_aborted else ():
                 yield piece
@@ -155,7 +158,7 @@ class AsyncStream:
         except RequestTimeout:
             raise
         except ClientError as error:
-            raise StreamBroken(error.message, code=error.code, param=error.param) from error
+            raise StreamBroken(error.message, facts=error.facts) from error
 
     @property
     def _is_stopped(self) -> bool:

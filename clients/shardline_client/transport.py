@@ -4,10 +4,10 @@ from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from shardline_client.requests import Generate, Tokenize
-from shardline_client.results import Model, Piece, Tokens, Usage
+from shardline_client.results import BudgetOutcome, Model, Piece, Tokens, Usage
 from shardline_client.settings import Settings
 
-Generated = Piece | Usage
+Generated = Piece | Usage | BudgetOutcome
 
 
 class Transport(Protocol):
@@ -16,7 +16,7 @@ class Transport(Protocol):
     def generate(
         self, request: Generate, timeout_s: float | None
     ) -> AsyncGenerator[Generated, None]:
-        """Pieces as they come, and the usage. Closing the generator ends the request."""
+        """Pieces as they come, usage and outcome. Closing the generator ends the request."""
 
     async def tokenize(self, request: Tokenize, timeout_s: float | None) -> Tokens:
         """Token ids of a text or a conversation."""
