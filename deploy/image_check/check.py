@@ -1,12 +1,14 @@
 """Starts the server in a built image, asks it through both doors, and sees it stop."""
 
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from deploy.image_check.build import Stage
@@ -17,6 +19,10 @@ _PROMPT = "The capital of France is"
 _LIMIT_S = 300.0
 _STOPS_WITHIN_S = 30.0
 
+# What deploy/compose.nodes.yaml makes of its variables where both nodes are one host.
+HEAD = ("serve", "demo", "--nodes=2", "--pp=2", "--rendezvous=127.0.0.1:29500")
+NODE = ("worker", "--join", "127.0.0.1:29500")
+
 Report = Callable[[str], None]
 
 
@@ -25,34 +31,42 @@ class CheckFailed(Exception):
 
 
 def check_image(image: Stage, folder: Path, report: Report) -> None:
-    """Serve with the image's own command on a read-only root. Raises CheckFailed."""
-    with _started(image, folder, image.command) as server:
-        took_s = _wait_healthy(server, image)
-        report(f"healthy after {took_s:.0f} s, root read-only, no network but loopback")
-        _check_isolation(server, image)
-        answers = {door: _ask(server, door) for door in _DOORS}
-        for door, answer in answers.items():
-            report(f"{door}: {_PROMPT!r} -> {answer!r}")
-        _require(len(set(answers.values())) == 1, f"the doors differ: {answers}")
-        kernels = sorted((folder / "volumes/cache").rglob("*.so"))
-        _require(bool(kernels), "the attention kernel has not been compiled")
-        report(f"compiled in the volume: {kernels[0].relative_to(folder / 'volumes')}")
-        report(f"SIGTERM: status 0 after {_stop(server):.1f} s")
-
-
-@contextmanager
-def _started(image: Stage, folder: Path, command: list[str]) -> Iterator[Running]:
+    """Serve from the image on a read-only root, alone and as two nodes. Raises CheckFailed."""
+    binds = tuple(_volumes(image, folder))
     container = Container(
         root=image.root,
         env=image.env,
         user=image.user,
         workdir=image.workdir,
-        binds=tuple(_volumes(image, folder)),
+        binds=binds,
         tmpfs=("/tmp",),
         is_read_only=True,
-        has_network=False,
+        network="none",
     )
-    running = container.start([*image.entrypoint, *command])
+    with _started(container, image.entrypoint, image.command) as server:
+        took_s = _wait_healthy(server, image)
+        report(f"healthy after {took_s:.0f} s, root read-only, no network but loopback")
+        _check_isolation(server, image)
+        _ask_both_doors(server, report)
+        kernels = sorted((folder / "volumes/cache").rglob("*.so"))
+        _require(bool(kernels), "the attention kernel has not been compiled")
+        report(f"compiled in the volume: {kernels[0].relative_to(folder / 'volumes')}")
+        report(f"SIGTERM: status 0 after {_stop(server):.1f} s")
+    container = replace(container, env=image.env | {"SHARDLINE_SECRET": secrets.token_hex()})
+    with (
+        _started(container, image.entrypoint, HEAD) as head,
+        _started(replace(container, network=head), image.entrypoint, NODE) as node,
+    ):
+        report(f"two nodes healthy after {_wait_healthy(head, image):.0f} s")
+        _ask_both_doors(head, report)
+        report(f"SIGTERM to the head: status 0 of both after {_stop(head, node):.1f} s")
+
+
+@contextmanager
+def _started(
+    container: Container, entrypoint: Sequence[str], command: Sequence[str]
+) -> Iterator[Running]:
+    running = container.start([*entrypoint, *command])
     try:
         yield running
     finally:
@@ -93,6 +107,13 @@ def _check_isolation(server: Running, image: Stage) -> None:
     _require(users == {wanted}, f"processes run as {users}, not as {wanted} alone")
 
 
+def _ask_both_doors(server: Running, report: Report) -> None:
+    answers = {door: _ask(server, door) for door in _DOORS}
+    for door, answer in answers.items():
+        report(f"{door}: {_PROMPT!r} -> {answer!r}")
+    _require(len(set(answers.values())) == 1, f"the doors differ: {answers}")
+
+
 def _ask(server: Running, door: str) -> str:
     command = ["shardline", "complete", door, _PROMPT, "--max-tokens", "8", "--temperature", "0"]
     asked = server.run(command)
@@ -100,14 +121,16 @@ def _ask(server: Running, door: str) -> str:
     return asked.stdout
 
 
-def _stop(server: Running) -> float:
+def _stop(first: Running, *others: Running) -> float:
+    """Tell the first to stop, which ends the others too; returns the seconds until all have."""
     started = time.monotonic()
-    server.signal(signal.SIGTERM)
-    try:
-        status = server.process.wait(_STOPS_WITHIN_S)
-    except subprocess.TimeoutExpired:
-        raise CheckFailed(f"still runs {_STOPS_WITHIN_S:.0f} s after SIGTERM") from None
-    _require(status == 0, f"SIGTERM ended it with status {status}")
+    first.signal(signal.SIGTERM)
+    for running in (first, *others):
+        try:
+            status = running.process.wait(_STOPS_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            raise CheckFailed(f"still runs {_STOPS_WITHIN_S:.0f} s after SIGTERM") from None
+        _require(status == 0, f"SIGTERM ended it with status {status}")
     return time.monotonic() - started
 
 

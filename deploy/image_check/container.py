@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 # What an engine mounts into each container. Devices lie in debootstrap's root already.
 _FIXED_MOUNTS = """
@@ -20,7 +21,10 @@ mount -t tmpfs -o nosuid,nodev,noexec,size=1g shm {root}/dev/shm
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Container:
-    """How a command runs: `user` is UID:GID, `binds` are (path here, path inside)."""
+    """How a command runs: `user` is UID:GID, `binds` are (path here, path inside).
+
+    `network` is the machine's own, a new one with loopback alone, or that of another container.
+    """
 
     root: Path
     env: dict[str, str]
@@ -29,17 +33,19 @@ class Container:
     binds: tuple[tuple[Path, Path], ...] = ()
     tmpfs: tuple[str, ...] = ()
     is_read_only: bool = False
-    has_network: bool = True
+    network: "Literal['host', 'none'] | Running" = "host"
 
-    def start(self, command: Sequence[str], **options: object) -> "Running":
-        """Start `command` as process 1 of namespaces of its own; `options` are Popen's."""
+    def start(self, command: Sequence[str]) -> "Running":
+        """Start `command` as process 1 of namespaces of its own."""
         self._make_mount_points()
-        namespaces = ["--mount", "--pid", "--fork", "--kill-child", "--ipc"]
-        if not self.has_network:
-            namespaces.append("--net")
         script = f"set -e{self._mounts()}exec {shlex.join(self._inside(command))}"
-        process = subprocess.Popen(["unshare", *namespaces, "sh", "-c", script], **options)  # type: ignore[call-overload]
-        return Running(self, process)
+        isolate = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--ipc"]
+        network = self.network
+        if network == "none":
+            isolate.append("--net")
+        elif network != "host":
+            isolate[:0] = ["nsenter", f"--net=/proc/{network.first_pid}/ns/net"]
+        return Running(self, subprocess.Popen([*isolate, "sh", "-c", script]))
 
     def _inside(self, command: Sequence[str]) -> list[str]:
         variables = [f"{name}={value}" for name, value in self.env.items()]
@@ -49,7 +55,7 @@ class Container:
     def _mounts(self) -> str:
         root = shlex.quote(str(self.root))
         lines = [_FIXED_MOUNTS.format(root=root)]
-        if not self.has_network:
+        if self.network == "none":
             lines.append("ip link set lo up\n")
         for path, target in self.binds:
             lines.append(f"mount --bind {shlex.quote(str(path))} {root}{target}\n")
@@ -75,7 +81,7 @@ class Running:
     """A container that runs, or has run."""
 
     container: Container
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
     _first_pid: int | None = field(default=None, init=False)
 
     @property

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import msgspec
-import psutil
 import torch
 import zmq
 from torch import Tensor
@@ -25,6 +24,7 @@ from shardline_shards.batch import BatchBuilder, RequestTable, StepBatch
 from shardline_shards.checkpoint import LoadReport, load_dummy, load_weights
 from shardline_shards.distributed import Communicators, host_store, join_store
 from shardline_shards.errors import ShardError, UnsupportedModel
+from shardline_shards.host_memory import available_memory
 from shardline_shards.layout import deal_heads
 from shardline_shards.messages import (
     Allocate,
@@ -285,7 +285,7 @@ def _device(config: WorkerConfig) -> torch.device:
 def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
+    return available_memory()
 
 
 def run_worker(config: WorkerConfig) -> int:

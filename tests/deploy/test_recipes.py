@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import yaml
 from deploy.image_check.build import Builder, Stage
+from deploy.image_check.check import HEAD, NODE
 from deploy.image_check.context import context_files
 from deploy.image_check.dockerfile import read_instructions
 from deploy.image_check.machine import Machine
 
 from shardline_server.cli import main
 from shardline_server.options import given_settings
-from shardline_server.rendezvous import split_address
+from shardline_server.rendezvous import parse_board
 from shardline_server.settings import ServeSettings, load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +38,7 @@ def parse(command: list[str], env: dict[str, str], monkeypatch: pytest.MonkeyPat
     if name == "serve":
         return load_settings(given_settings(values))
     assert name == "worker"
-    split_address(values["join"])
+    parse_board(values["join"])
     assert values["secret"]
     return values
 
@@ -84,6 +85,12 @@ def test_compose_services_parse(name: str, service, monkeypatch: pytest.MonkeyPa
     else:
         assert settings.host == "0.0.0.0"
         assert settings.device == ("cuda" if name == "gpu" else "cpu")
+
+
+def test_the_check_runs_what_the_two_services_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FILLED_IN, "HEAD_ADDRESS", "127.0.0.1")
+    commands = {name: tuple(map(fill_in, service["command"])) for name, service in services()}
+    assert (commands["head"], commands["node"]) == (HEAD, NODE)
 
 
 def test_gpus_are_laid_over_the_services_that_there_are() -> None:
