@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from shardline_server.messages import (
     FromEngine,
     Hello,
     Output,
+    PipeStats,
     Submit,
     ToEngine,
 )
@@ -67,6 +69,14 @@ class EngineConnection:
         self.send(Abort(request_id))
 
     def receive(self) -> EngineReady | Output:
+        message: FromEngine | None = None
+        deadline = time.monotonic() + TIMEOUT_MS / 1000
+        while message is None or isinstance(message, PipeStats):
+            assert time.monotonic() < deadline, "the engine says nothing of any request"
+            message = self.receive_any()
+        return message
+
+    def receive_any(self) -> EngineReady | Output | PipeStats:
         assert self._socket.poll(TIMEOUT_MS), "the engine says nothing"
         message = self._decoder.decode(self._socket.recv())
         if isinstance(message, EngineFailed):

@@ -45,6 +45,7 @@ from shardline_server.messages import (
     Submit,
     ToEngine,
 )
+from shardline_server.pipe_accounting import PipeAccounting
 from shardline_server.timing import TimingListener
 from shardline_server.worker_group import WorkerFailed, WorkerGroup
 from shardline_shards.messages import StageReport
@@ -157,6 +158,8 @@ class Engine:
                 enable_prefix_cache=config.enable_prefix_caching,
             )
         )
+        self.pipe = PipeAccounting(config.layout.pp, time.monotonic())
+        self.timing_listeners.append(self.pipe)
         self._ready = EngineReady(
             min(config.max_model_len, self.scheduler.config.max_request_tokens),
             num_blocks,
@@ -176,7 +179,8 @@ class Engine:
         next_look = 0.0
         while True:
             self._poller.poll(int(_LOOK_INTERVAL_S * 1000))
-            if (now := time.monotonic()) >= next_look:
+            self.pipe.woke(now := time.monotonic())
+            if now >= next_look:
                 self._look_around()
                 next_look = now + _LOOK_INTERVAL_S
             self._read_inbox()
@@ -195,6 +199,7 @@ class Engine:
     def _look_around(self) -> None:
         """Now and then: are all workers alive, and is every block accounted for when idle?"""
         self.workers.check()
+        self.frontends.send_all(self.pipe.stats(time.monotonic()))
         if not self.scheduler.has_work and not self._is_idle_and_checked:
             self.scheduler.check()
             self._is_idle_and_checked = True
@@ -231,21 +236,22 @@ class Engine:
     def _commit(self) -> None:
         for message in self.workers.results():
             if isinstance(message, StageReport):
-                self._observe(message.timings)
+                self._observe(message.timings, message.sent_at)
             else:
                 self._commit_result(message)
 
     def _commit_result(self, result: StepResult) -> None:
         self._has_news = True
         if result.timing is not None:
-            self._observe([result.timing])
+            self._observe([result.timing], result.timing.ended_at)
         for output in self.scheduler.commit(result, time.monotonic()):
             frontend, request_id = self._names[output.request_id]
             self._news.setdefault(frontend, []).append(_delta(request_id, output))
             if output.finish_reason is not None:
                 self._names.forget(output.request_id)
 
-    def _observe(self, timings: list[StageTiming]) -> None:
+    def _observe(self, timings: list[StageTiming], sent_at: float) -> None:
+        self.pipe.heard(timings[0].stage_index, sent_at, time.monotonic())
         for timing in timings:
             for listener in self.timing_listeners:
                 listener.observe(timing)
@@ -253,7 +259,9 @@ class Engine:
     def _plan(self) -> None:
         while (plan := self.scheduler.plan(time.monotonic())) is not None:
             self.workers.submit(plan)
+            self.pipe.submitted(plan.step_id, time.monotonic())
             self._has_news = True
+        self.pipe.settled(self.scheduler.has_work, time.monotonic())
 
     def _publish(self) -> None:
         if not self._has_news:

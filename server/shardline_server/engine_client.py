@@ -25,6 +25,7 @@ from shardline_server.messages import (
     FromEngine,
     Hello,
     Output,
+    PipeStats,
     Submit,
     ToEngine,
 )
@@ -98,6 +99,7 @@ class EngineClient:
         self.ready: EngineReady | None = None
         self.failure: str | None = None
         self.stats: EngineStats | None = None
+        self.pipe: PipeStats | None = None
 
     @property
     def is_healthy(self) -> bool:
@@ -195,6 +197,8 @@ class EngineClient:
                 self.stats = message.stats
                 for delta in message.deltas:
                     self._route(delta)
+            case PipeStats():
+                self.pipe = message
             case EngineReady():
                 self.ready = message
                 self._answered.set()

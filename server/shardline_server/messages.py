@@ -90,6 +90,25 @@ class Output(Struct, frozen=True, tag=True):
     stats: EngineStats
 
 
+class StageStats(Struct, frozen=True):
+    """What a stage's time has gone to since the start, and how long a step took of it lately.
+
+    `seconds` has an entry for each `TimePart`; they sum to the wall. `step_s` leaves waiting out.
+    """
+
+    seconds: dict[str, float]
+    step_s: float
+
+
+class PipeStats(Struct, frozen=True, tag=True):
+    """Where the pipe's time goes, told twice a second; see `pipe_accounting` for the imbalances."""
+
+    wall_s: float
+    batch_imbalance: float
+    stage_imbalance: float
+    stages: list[StageStats]
+
+
 class EngineReady(Struct, frozen=True, tag=True):
     """The split model is loaded and can serve."""
 
@@ -106,4 +125,4 @@ class EngineFailed(Struct, frozen=True, tag=True):
 
 
 ToEngine = Hello | Submit | Abort
-FromEngine = Output | EngineReady | EngineFailed
+FromEngine = Output | PipeStats | EngineReady | EngineFailed

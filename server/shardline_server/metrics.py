@@ -9,7 +9,7 @@ from prometheus_client.registry import Collector
 
 from shardline_server.budgets import BudgetTimes
 from shardline_server.engine_client import EngineClient
-from shardline_server.messages import EngineStats, FinishReason
+from shardline_server.messages import EngineStats, FinishReason, PipeStats
 
 LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 640)
 TOKEN_TIME_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
@@ -85,6 +85,8 @@ class EngineCollector(Collector):
             total = CounterMetricFamily(f"shardline:{name}", text, labels=["model_name"])
             total.add_metric([self._model_name], value)
             yield total
+        if self._engine.pipe is not None:
+            yield from _pipe_metrics(self._model_name, self._engine.pipe)
 
 
 def _gauges(stats: EngineStats) -> dict[str, tuple[str, float]]:
@@ -104,6 +106,31 @@ def _totals(stats: EngineStats) -> dict[str, tuple[str, float]]:
         "num_preemptions": ("Requests put back for lack of blocks.", stats.num_preemptions),
         "num_steps": ("Steps executed.", stats.num_steps),
     }
+
+
+def _pipe_metrics(model_name: str, pipe: PipeStats) -> Iterator[Metric]:
+    for name, text, value in (
+        ("pipe_batch_imbalance", "1 - sum / (p * max) of micro-batches.", pipe.batch_imbalance),
+        ("pipe_stage_imbalance", "1 - mean / max of stages' busy time.", pipe.stage_imbalance),
+    ):
+        gauge = GaugeMetricFamily(f"shardline:{name}", text, labels=["model_name"])
+        gauge.add_metric([model_name], value)
+        yield gauge
+    steps = GaugeMetricFamily(
+        "shardline:stage_step_seconds",
+        "What a step took of a stage lately.",
+        labels=["model_name", "stage"],
+    )
+    seconds = CounterMetricFamily(
+        "shardline:stage_time_seconds",
+        "What a stage's time goes to; its parts sum to the wall.",
+        labels=["model_name", "stage", "part"],
+    )
+    for stage_index, stage in enumerate(pipe.stages):
+        steps.add_metric([model_name, str(stage_index)], stage.step_s)
+        for part, value in stage.seconds.items():
+            seconds.add_metric([model_name, str(stage_index), part], value)
+    yield from (steps, seconds)
 
 
 class ChoiceTimer:

@@ -3,10 +3,12 @@
 from importlib import metadata
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from shardline_server.generation import GenerationService
+from shardline_server.messages import PipeStats
 
 
 def operator_router(service: GenerationService) -> APIRouter:
@@ -26,12 +28,15 @@ def operator_router(service: GenerationService) -> APIRouter:
 
     @router.get("/load")
     async def load() -> dict[str, Any]:
-        """Requests of clients in this process, and what the engine runs and keeps waiting."""
+        """Requests of clients in this process, what the engine runs and keeps waiting, and where
+        the time of each stage has gone.
+        """
         stats = service.engine.stats
         return {
             "server_load": service.num_running,
             "num_requests_running": stats.num_running if stats else 0,
             "num_requests_waiting": stats.num_waiting if stats else 0,
+            "pipe": _describe(service.engine.pipe),
         }
 
     @router.get("/metrics", response_class=Response)
@@ -45,3 +50,11 @@ def operator_router(service: GenerationService) -> APIRouter:
         return {"version": metadata.version("shardline")}
 
     return router
+
+
+def _describe(pipe: PipeStats | None) -> dict[str, Any] | None:
+    """None until the engine has told."""
+    if pipe is None:
+        return None
+    stages = [msgspec.structs.asdict(stage) for stage in pipe.stages]
+    return msgspec.structs.asdict(pipe) | {"stages": stages}
