@@ -129,12 +129,12 @@ def tiny_model(tmp_path_factory):
 
 
 @contextmanager
-def running_engine_process(model):
+def running_engine_process(model, **settings):
     """The real engine with two stages, in fp32."""
-    settings = ServeSettings(
-        model=str(model), dtype="float32", pp=2, num_kv_blocks=256, threads_per_worker=1
+    made = ServeSettings(
+        model=str(model), dtype="float32", pp=2, num_kv_blocks=256, threads_per_worker=1, **settings
     )
-    engine = EngineProcess(plan_engine(settings, model))
+    engine = EngineProcess(plan_engine(made, model))
     try:
         yield engine
     finally:

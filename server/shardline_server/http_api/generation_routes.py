@@ -18,13 +18,20 @@ from shardline_server.http_api.requests import ChatCompletionRequest, Completion
 from shardline_server.http_api.responses import ChatCompletion, Completion
 from shardline_server.prompts import encode_chat, encode_prompts
 
+_STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The whole answer or, with `stream`, server-sent events of its pieces",
+        "content": {"text/event-stream": {}},
+    }
+}
+
 
 def generation_router(service: GenerationService, tenant_of: Callable[..., Any]) -> APIRouter:
     """Completions and chat completions; `tenant_of` is the dependency that names the tenant."""
     router = APIRouter()
     Tenant = Annotated[str, Depends(tenant_of)]
 
-    @router.post("/v1/completions", response_model=Completion)
+    @router.post("/v1/completions", response_model=Completion, responses=_STREAMED)
     async def create_completion(
         body: CompletionRequest, request: Request, budget: HeaderBudget, tenant: Tenant
     ) -> Response:
@@ -44,7 +51,7 @@ def generation_router(service: GenerationService, tenant_of: Callable[..., Any])
         renderer = CompletionRenderer(body, generation, model.tokenizer, name)
         return await deliver(request, generation, renderer, stream=bool(body.stream))
 
-    @router.post("/v1/chat/completions", response_model=ChatCompletion)
+    @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=_STREAMED)
     async def create_chat_completion(
         body: ChatCompletionRequest, request: Request, budget: HeaderBudget, tenant: Tenant
     ) -> Response:
