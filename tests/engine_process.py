@@ -19,6 +19,7 @@ from shardline_server.messages import (
     Delta,
     EngineFailed,
     EngineReady,
+    EngineRecovering,
     EngineStats,
     FromEngine,
     Hello,
@@ -56,6 +57,7 @@ class EngineConnection:
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
         self.stats: EngineStats | None = None
         self.outcomes: dict[str, Outcome] = {}
+        self.losses: list[str] = []
         self.send(Hello())
 
     def send(self, message: ToEngine) -> None:
@@ -68,7 +70,7 @@ class EngineConnection:
     def abort(self, request_id: str) -> None:
         self.send(Abort(request_id))
 
-    def receive(self) -> EngineReady | Output:
+    def receive(self) -> EngineReady | EngineRecovering | Output:
         message: FromEngine | None = None
         deadline = time.monotonic() + TIMEOUT_MS / 1000
         while message is None or isinstance(message, PipeStats):
@@ -76,11 +78,13 @@ class EngineConnection:
             message = self.receive_any()
         return message
 
-    def receive_any(self) -> EngineReady | Output | PipeStats:
+    def receive_any(self) -> EngineReady | EngineRecovering | Output | PipeStats:
         assert self._socket.poll(TIMEOUT_MS), "the engine says nothing"
         message = self._decoder.decode(self._socket.recv())
         if isinstance(message, EngineFailed):
             raise EngineDied(message.reason)
+        if isinstance(message, EngineRecovering):
+            self.losses.append(message.reason)
         if isinstance(message, Output):
             self.stats = message.stats
             for delta in message.deltas:

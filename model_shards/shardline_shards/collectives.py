@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardline_shards.errors import LostPeer
+
 
 class Collectives(Protocol):
     """Collectives over the tensor axis of one stage. Every rank calls them in the same order."""
@@ -110,8 +112,49 @@ class NcclCollectives:
         return torch.cat(narrowed, dim=-1) if self.rank == 0 else tensor
 
 
-def make_collectives(group: dist.ProcessGroup | None, device: torch.device) -> Collectives:
-    """The collectives for a stage whose ranks are `group` (None: a stage of one rank)."""
-    if group is None:
-        return SingleRank()
-    return NcclCollectives(group) if device.type == "cuda" else ExchangeCollectives(group)
+class StageCollectives:
+    """The collectives of a stage for as long as the worker lives; the layers hold these.
+
+    The group behind them goes when a rank of it dies, and another comes. Raise LostPeer.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+        self._current: Collectives | None = None
+
+    def form(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        """From now on over `group`."""
+        kind = NcclCollectives if device.type == "cuda" else ExchangeCollectives
+        self._current = kind(group)
+
+    def abandon(self) -> None:
+        """The group is gone."""
+        self._current = None
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks; the same bits on every rank. May overwrite `tensor`."""
+        try:
+            return self._group().all_reduce(tensor)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+
+    def gather_last_dim(self, tensor: Tensor, sizes: list[int]) -> Tensor:
+        """Concatenate [..., sizes[rank]] over ranks on rank 0; others get their own part back."""
+        try:
+            return self._group().gather_last_dim(tensor, sizes)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+
+    def _group(self) -> Collectives:
+        assert self._current is not None, "the ranks of this stage have not met"
+        return self._current
+
+    @staticmethod
+    def _lost(error: RuntimeError) -> LostPeer:
+        return LostPeer(f"the connection to another rank of this stage broke ({brief(error)})")
+
+
+def brief(error: RuntimeError) -> str:
+    """What gloo or NCCL says, without its advice."""
+    return str(error).splitlines()[0].partition(". This is")[0]

@@ -1,5 +1,6 @@
 """Process groups: the store they meet at, one group a stage, the links between stages."""
 
+import contextlib
 import os
 import socket
 from collections import deque
@@ -13,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store, TCPStore
 
-from shardline_shards.collectives import Collectives, make_collectives
+from shardline_shards.collectives import Collectives, SingleRank, StageCollectives, brief
+from shardline_shards.errors import LostPeer
 from shardline_shards.layout import ParallelLayout, Place
 
 _FORM_TIMEOUT = timedelta(minutes=5)
@@ -54,44 +56,69 @@ def interface_of(host: str) -> str:
 
 
 class Communicators:
-    """What one worker uses to reach others; all groups are formed here, none later."""
+    """What one worker uses to reach others; all groups are formed at once, none later."""
 
     def __init__(
-        self,
-        layout: ParallelLayout,
-        place: Place,
-        store: Store | None,
-        host: str,
-        device: torch.device,
+        self, layout: ParallelLayout, place: Place, host: str, device: torch.device
     ) -> None:
+        self.layout = layout
+        self.place = place
         self.device = device
-        self.collectives: Collectives = make_collectives(None, device)
         self.previous: StageLink | None = None
         self.next: StageLink | None = None
-        if layout.world_size == 1:
-            return
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        os.environ[f"{backend.upper()}_SOCKET_IFNAME"] = interface_of(host)
-        dist.init_process_group(
-            backend,
-            store=store,
-            rank=layout.rank(place),
-            world_size=layout.world_size,
-            timeout=_FORM_TIMEOUT,
-        )
-        self._form_stages(layout, place)
-        self._form_borders(layout, place)
+        self._stage = StageCollectives(place.tp_rank, layout.tp) if layout.tp > 1 else None
+        self._backend = "nccl" if device.type == "cuda" else "gloo"
+        if layout.world_size > 1:
+            os.environ[f"{self._backend.upper()}_SOCKET_IFNAME"] = interface_of(host)
 
-    def _form_stages(self, layout: ParallelLayout, place: Place) -> None:
-        if layout.tp == 1:
-            return
-        for stage_index in range(layout.pp):
-            group = dist.new_group(layout.stage_ranks(stage_index))
-            if stage_index == place.stage_index:
-                self.collectives = make_collectives(group, self.device)
+    @property
+    def collectives(self) -> Collectives:
+        """The same object for as long as this worker lives, whatever groups come and go."""
+        return self._stage or SingleRank()
 
-    def _form_borders(self, layout: ParallelLayout, place: Place) -> None:
+    def form_at(self, host: str, port: int) -> None:
+        """Meet all other ranks at the store that one of them keeps there. Raises LostPeer."""
+        with _losing("the store cannot be reached"):
+            store = join_store(host, port, self.layout.world_size)
+        self.form(store)
+
+    def form(self, store: Store) -> None:
+        """Meet all other ranks at `store`. Raises LostPeer if one of them goes meanwhile."""
+        with _losing("the process groups cannot be formed"):
+            dist.init_process_group(
+                self._backend,
+                store=store,
+                rank=self.layout.rank(self.place),
+                world_size=self.layout.world_size,
+                timeout=_FORM_TIMEOUT,
+            )
+            self._form_stages()
+            self._form_borders()
+
+    def abandon(self) -> None:
+        """Drop all groups without asking anybody, because a rank is gone.
+
+        gloo cannot abort what waits for a peer (`abort` does nothing), but a rank that closes its
+        connections wakes those who wait for it: so all survivors get out, one after the other.
+        """
+        self.previous = self.next = None
+        if self._stage is not None:
+            self._stage.abandon()
+        if dist.is_initialized():
+            with contextlib.suppress(RuntimeError):  # of what is broken anyway
+                dist.destroy_process_group()
+
+    def _form_stages(self) -> None:
+        if self._stage is None:
+            return
+        for stage_index in range(self.layout.pp):
+            group = dist.new_group(self.layout.stage_ranks(stage_index))
+            if stage_index == self.place.stage_index:
+                self._stage.form(group, self.device)
+
+    def _form_borders(self) -> None:
         """One group for each pair of neighbours, so that a border never waits for another one."""
+        layout, place = self.layout, self.place
         for stage_index in range(layout.pp - 1):
             for tp_rank in range(layout.tp):
                 sender = Place(stage_index, tp_rank)
@@ -111,8 +138,13 @@ class Communicators:
             dist.destroy_process_group()
 
 
-class LostPeer(RuntimeError):
-    """A neighbouring stage cannot be reached any more."""
+@contextmanager
+def _losing(what: str) -> Iterator[None]:
+    """Errors of torch's groups mean that another rank is gone, or the network to it."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostPeer(f"{what} ({brief(error)})") from error
 
 
 class StageLink:
@@ -129,7 +161,7 @@ class StageLink:
     def send(self, hidden: Tensor) -> None:
         """Hand on hidden states; the tensor is kept until it has left."""
         hidden = hidden.contiguous()
-        with self._naming_peer():
+        with _losing(f"the connection to {self._peer_name} broke"):
             work = dist.isend(hidden, self._peer, group=self._group)
         self._pending.append((work, hidden))
         if len(self._pending) > self.MAX_PENDING:
@@ -143,7 +175,7 @@ class StageLink:
     def _wait_for_oldest(self) -> None:
         work, _ = self._pending.popleft()
         if work is not None:
-            with self._naming_peer():
+            with _losing(f"the connection to {self._peer_name} broke"):
                 work.wait()
 
     def receive(
@@ -151,15 +183,6 @@ class StageLink:
     ) -> Tensor:
         """Wait for hidden states [num_tokens, width]."""
         hidden = torch.empty(num_tokens, width, dtype=dtype, device=device)
-        with self._naming_peer():
+        with _losing(f"the connection to {self._peer_name} broke"):
             dist.recv(hidden, self._peer, group=self._group)
         return hidden
-
-    @contextmanager
-    def _naming_peer(self) -> Iterator[None]:
-        """Say whose connection broke: that worker is gone, or the network to it."""
-        try:
-            yield
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0].partition(". This is")[0]
-            raise LostPeer(f"the connection to {self._peer_name} broke ({reason})") from error

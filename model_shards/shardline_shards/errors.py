@@ -4,6 +4,8 @@ ShardError
 ├── ModelSourceError    the model cannot be found, fetched or converted
 ├── UnsupportedModel    this architecture, or this split of it, is not served
 └── LoadError           the weights do not fit the model, or a file is damaged
+
+LostPeer                another rank cannot be reached any more; nothing is wrong with this one
 """
 
 
@@ -21,3 +23,7 @@ class UnsupportedModel(ShardError):
 
 class LoadError(ShardError):
     """The weights are damaged, incomplete, or do not belong to the model."""
+
+
+class LostPeer(RuntimeError):
+    """Another rank cannot be reached any more; the message names it."""

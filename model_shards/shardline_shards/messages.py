@@ -1,7 +1,10 @@
 """What the engine and its workers say to each other, as msgpack over ZMQ, beside plans and results.
 
-A worker starts by `Joined`, `Rendezvous`, `Loaded`, `Allocate`, `Ready`; then come plans, until
-`Stop`.
+A worker starts by `Loaded`, `Allocate`, `Joined`, `Rendezvous`, `Ready`; then come plans, until
+`Stop`. When another worker is lost, `Reform` tells the rest to drop all requests, and then come
+`Joined`, `Rendezvous` and `Ready` again, under the next generation number; who notices it himself
+says `Lost`. Messages of an older generation are dropped. Results carry none: step ids go on
+counting, so a result's step tells it.
 """
 
 import msgspec
@@ -18,6 +21,7 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     received. `kv_memory_bytes` is the most that KV memory may take on this worker (None: its part
     of what is free), `max_kv_blocks` the most that the engine has use for. The last four are set
     by whoever starts the process; `cpu_ids` pins its `num_threads` threads (empty: not pinned).
+    `generation` is the one that it starts in: 0, and one more for every time that ranks were lost.
     """
 
     engine_address: str
@@ -33,6 +37,7 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     kv_memory_bytes: int | None
     max_kv_blocks: int
     log_level: str
+    generation: int = 0
     parent_pid: int = 0
     free_memory_share: float = 0.0
     num_threads: int = 1
@@ -43,6 +48,7 @@ class Joined(Struct, frozen=True, array_like=True, tag=True):
     """A worker is there; rank 0 also says where it keeps the rendezvous store."""
 
     rank: int
+    generation: int
     store_port: int | None
 
 
@@ -57,6 +63,7 @@ class Loaded(Struct, frozen=True, array_like=True, tag=True):
     """A worker holds its weights, and has room for this many KV blocks."""
 
     rank: int
+    generation: int
     num_kv_blocks: int
     read_bytes: int
     total_bytes: int
@@ -74,12 +81,22 @@ class Ready(Struct, frozen=True, array_like=True, tag=True):
     """A worker executes plans from now on."""
 
     rank: int
+    generation: int
+
+
+class Lost(Struct, frozen=True, array_like=True, tag=True):
+    """A worker cannot reach another one; it has left all groups and waits for `Reform`."""
+
+    rank: int
+    generation: int
+    reason: str
 
 
 class Failed(Struct, frozen=True, array_like=True, tag=True):
     """A worker ends and says why; `is_refusal` if it is something that the operator can mend."""
 
     rank: int
+    generation: int
     reason: str
     is_refusal: bool
 
@@ -94,12 +111,24 @@ class StageReport(Struct, frozen=True, array_like=True, tag=True):
     sent_at: float
 
 
+class Reform(Struct, frozen=True, array_like=True, tag=True):
+    """Ranks were lost: drop what you do and every request, keep the weights, and join again."""
+
+    generation: int
+
+
 class Stop(Struct, frozen=True, array_like=True, tag=True):
     """Leave in good order."""
 
 
-ToWorker = Rendezvous | Allocate | StepPlan | Stop
-FromWorker = Joined | Loaded | Ready | StepResult | StageReport | Failed
+ToWorker = Rendezvous | Allocate | StepPlan | Reform | Stop
+FromWorker = Joined | Loaded | Ready | StepResult | StageReport | Lost | Failed
+
+
+def worker_name(rank: int, born_in: int) -> bytes:
+    """A worker's identity on the control socket; two that held the same place are told apart."""
+    return f"{rank}.{born_in}".encode()
+
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode

@@ -3,12 +3,15 @@
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 import torch
 import zmq
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 
 from shardline_scheduler.plan import (
     NewRequest,
@@ -22,8 +25,8 @@ from shardline_scheduler.plan import (
 from shardline_shards.attention import KVShape, allocate_kv, select_backend
 from shardline_shards.batch import BatchBuilder, RequestTable, StepBatch
 from shardline_shards.checkpoint import LoadReport, load_dummy, load_weights
-from shardline_shards.distributed import Communicators, host_store, join_store
-from shardline_shards.errors import ShardError, UnsupportedModel
+from shardline_shards.distributed import Communicators, host_store
+from shardline_shards.errors import LostPeer, ShardError, UnsupportedModel
 from shardline_shards.host_memory import available_memory
 from shardline_shards.layout import deal_heads
 from shardline_shards.messages import (
@@ -32,7 +35,9 @@ from shardline_shards.messages import (
     FromWorker,
     Joined,
     Loaded,
+    Lost,
     Ready,
+    Reform,
     Rendezvous,
     StageReport,
     Stop,
@@ -40,11 +45,12 @@ from shardline_shards.messages import (
     WorkerConfig,
     decode_to_worker,
     encode,
+    worker_name,
 )
 from shardline_shards.process import pin_to
 from shardline_shards.sampling import SampleRow, prompt_logprobs, sample
 from shardline_shards.stage import Stage
-from shardline_shards.stage_model import StageModel, build_stage_model, load_config
+from shardline_shards.stage_model import build_stage_model, load_config
 from shardline_shards.step_timer import Part, StepTimer, TimingLog
 
 logger = logging.getLogger("shardline.worker")
@@ -53,9 +59,9 @@ logger = logging.getLogger("shardline.worker")
 class EngineChannel:
     """The worker's end of the control channel."""
 
-    def __init__(self, address: str, rank: int) -> None:
+    def __init__(self, address: str, name: bytes) -> None:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.IDENTITY, str(rank).encode())
+        self._socket.setsockopt(zmq.IDENTITY, name)
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.connect(address)
 
@@ -85,38 +91,86 @@ class Worker:
         self.config = config
         self.rank = config.layout.rank(config.place)
         self.device = _device(config)
-        self.channel = EngineChannel(config.engine_address, self.rank)
+        self.generation = config.generation
+        self.channel = EngineChannel(
+            config.engine_address, worker_name(self.rank, config.generation)
+        )
+        self.communicators = Communicators(config.layout, config.place, config.host, self.device)
         self.requests = RequestTable()
         self.timer = StepTimer(config.place.stage_index)
         self.timings = TimingLog()
+        self.batches: BatchBuilder | None = None
+        self._store: TCPStore | None = None
+        self._is_cut_off = True
 
     def run(self) -> None:
-        """Load, report, and execute plans until told to stop."""
-        self.communicators = self._join()
-        stage_model, report = self._load()
-        self.stage = Stage(stage_model, self.device)
-        self._allocate(report)
-        self._try_out()
-        self.channel.send(Ready(self.rank))
-        self.timer.start()
+        """Load, then do what the engine says until it says stop."""
+        self._load()
         while not isinstance(message := self._next_message(), Stop):
-            assert isinstance(message, StepPlan)
-            self._execute(message)
+            with self._noticing_losses():
+                self._follow(message)
         self.communicators.close()
 
-    def _join(self) -> Communicators:
-        config, world_size = self.config, self.config.layout.world_size
-        store = None
-        if self.rank == 0 and world_size > 1:
-            store = host_store(config.host, world_size)
-        self.channel.send(Joined(self.rank, store.port if store else None))
-        rendezvous = self.channel.receive()
-        assert isinstance(rendezvous, Rendezvous)
-        if store is None and world_size > 1:
-            store = join_store(rendezvous.host, rendezvous.port, world_size)
-        return Communicators(config.layout, config.place, store, config.host, self.device)
+    def _follow(self, message: ToWorker) -> None:
+        match message:
+            case StepPlan():
+                if not self._is_cut_off:
+                    self._execute(message)
+            case Allocate(num_kv_blocks):
+                self._allocate(num_kv_blocks)
+                self._join()
+            case Rendezvous():
+                self._meet(message)
+            case Reform(generation):
+                self._reform(generation)
+            case _:
+                raise AssertionError(f"{message} comes at the wrong time")
 
-    def _load(self) -> tuple[StageModel, LoadReport]:
+    @contextmanager
+    def _noticing_losses(self) -> Iterator[None]:
+        """A rank that is lost breaks what others do with it; they leave it and wait."""
+        try:
+            yield
+            return
+        except LostPeer as error:
+            reason = str(error)
+        # Not in the handler: there the traceback would still hold the groups, and keep them open.
+        self._leave_groups()
+        self.channel.send(Lost(self.rank, self.generation, reason))
+
+    def _reform(self, generation: int) -> None:
+        """Drop everything but weights and KV memory, and be there for the others again."""
+        self.generation = generation
+        self._leave_groups()
+        self.requests = RequestTable()
+        if self.batches is not None:
+            self._join()
+
+    def _leave_groups(self) -> None:
+        self._is_cut_off = True
+        self._store = None
+        self.communicators.abandon()
+
+    def _join(self) -> None:
+        """Say that we are there; rank 0 opens the store that all meet at."""
+        if self.rank == 0 and self.config.layout.world_size > 1:
+            self._store = host_store(self.config.host, self.config.layout.world_size)
+        port = self._store.port if self._store else None
+        self.channel.send(Joined(self.rank, self.generation, port))
+
+    def _meet(self, rendezvous: Rendezvous) -> None:
+        """Form the groups and try the way through all ranks; from then on plans are executed."""
+        if self._store is not None:
+            self.communicators.form(self._store)
+        elif self.config.layout.world_size > 1:
+            self.communicators.form_at(rendezvous.host, rendezvous.port)
+        self._is_cut_off = False
+        self._try_out()
+        self.timings.take()
+        self.timer.start()
+        self.channel.send(Ready(self.rank, self.generation))
+
+    def _load(self) -> None:
         config, started = self.config, time.monotonic()
         model_path = Path(config.model_path)
         dtype = getattr(torch, config.dtype)
@@ -138,28 +192,33 @@ class Worker:
             report.total_bytes / 1e6,
             time.monotonic() - started,
         )
-        return stage_model, report
+        self.stage = Stage(stage_model, self.device)
+        self._offer_memory(report)
 
-    def _allocate(self, report: LoadReport) -> None:
-        config, layers = self.config, self.config.layout.layers(self.config.place.stage_index)
-        shape = self._kv_shape()
-        block_bytes = shape.block_bytes * len(layers)
+    def _offer_memory(self, report: LoadReport) -> None:
+        config = self.config
+        block_bytes = self._kv_shape().block_bytes * len(self._layers())
         room = config.kv_memory_bytes or int(_free_memory(self.device) * config.free_memory_share)
-        backend = select_backend(self.device, self.stage.dtype)
         self.channel.send(
             Loaded(
                 self.rank,
+                self.generation,
                 min(room // block_bytes, config.max_kv_blocks),
                 report.read_bytes,
                 report.total_bytes,
                 block_bytes,
-                backend.name,
+                select_backend(self.device, self.stage.dtype).name,
             )
         )
-        allocate = self.channel.receive()
-        assert isinstance(allocate, Allocate)
-        kv_layers = allocate_kv(layers, allocate.num_kv_blocks, shape, self.device)
+
+    def _allocate(self, num_kv_blocks: int) -> None:
+        shape = self._kv_shape()
+        kv_layers = allocate_kv(self._layers(), num_kv_blocks, shape, self.device)
+        backend = select_backend(self.device, self.stage.dtype)
         self.batches = BatchBuilder(kv_layers, shape.block_size, backend, self.device)
+
+    def _layers(self) -> range:
+        return self.config.layout.layers(self.config.place.stage_index)
 
     def _try_out(self) -> None:
         """Compute one token, over all ranks: what cannot be served shows now, not at a request."""
@@ -207,6 +266,7 @@ class Worker:
     def _compute(self, plan: StepPlan) -> StepResult | None:
         """Carry out a plan; the result, on the rank that draws tokens."""
         self.requests.apply(plan)
+        assert self.batches is not None
         batch = self.batches.build(plan, self.requests)
         self.timer.lap(Part.PREPARE)
         hidden = self._receive_hidden(batch)
@@ -306,11 +366,12 @@ def _run(worker: Worker) -> int:
         worker.run()
         return 0
     except ShardError as error:
-        worker.channel.send(Failed(worker.rank, str(error), True))
+        worker.channel.send(Failed(worker.rank, worker.generation, str(error), True))
         return 2
     except Exception as error:
         logger.exception("this worker ends")
-        worker.channel.send(Failed(worker.rank, f"{type(error).__name__}: {error}", False))
+        reason = f"{type(error).__name__}: {error}"
+        worker.channel.send(Failed(worker.rank, worker.generation, reason, False))
         return 1
     finally:
         worker.channel.close()

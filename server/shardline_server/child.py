@@ -1,6 +1,9 @@
 """Starts our child processes: configuration comes on standard input, logs go to standard error."""
 
+import contextlib
 import os
+import signal
+import socket
 import subprocess
 import sys
 
@@ -38,12 +41,27 @@ def stop_child_processes(processes: list[subprocess.Popen[bytes]]) -> None:
             process.stdout.close()
 
 
-def was_killed(process: subprocess.Popen[bytes], within_s: float) -> bool:
-    """Whether a signal has ended the process, or does so within that time."""
-    try:
-        return process.wait(within_s) < 0
-    except subprocess.TimeoutExpired:
-        return False
+class ChildExits:
+    """A descriptor to poll on, readable when a child of this process has ended.
+
+    Made in the main thread, once a process.
+    """
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        for end in (self._reader, self._writer):
+            end.setblocking(False)
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # an ignored signal would wake nobody
+
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self._reader.fileno()
+
+    def clear(self) -> None:
+        """From now on only what ends from now on makes it readable."""
+        with contextlib.suppress(BlockingIOError):
+            self._reader.recv(4096)
 
 
 def describe_exit(returncode: int) -> str:

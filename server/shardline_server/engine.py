@@ -31,12 +31,14 @@ from shardline_scheduler import (
     TenantQuotaExceeded,
 )
 from shardline_scheduler.plan import StageTiming, StepResult
+from shardline_server.child import ChildExits
 from shardline_server.engine_config import EngineAddress, EngineConfig
 from shardline_server.messages import (
     Abort,
     Delta,
     EngineFailed,
     EngineReady,
+    EngineRecovering,
     EngineStats,
     FromEngine,
     Hello,
@@ -46,8 +48,9 @@ from shardline_server.messages import (
     ToEngine,
 )
 from shardline_server.pipe_accounting import PipeAccounting
+from shardline_server.recovery import Recovery
 from shardline_server.timing import TimingListener
-from shardline_server.worker_group import WorkerFailed, WorkerGroup
+from shardline_server.worker_group import WorkerFailed, WorkerGroup, WorkerLost
 from shardline_shards.messages import StageReport
 from shardline_shards.process import start_child
 
@@ -135,6 +138,8 @@ class Engine:
         self.config = config
         self.frontends = FrontendChannel(config.host)
         self.workers = WorkerGroup(config)
+        self._recovery = Recovery(self.workers)
+        self._exits = ChildExits()
         self._names = RequestNames()
         self._news: dict[bytes, list[Delta]] = {}
         self._has_news = False
@@ -172,20 +177,24 @@ class Engine:
         self._poller = zmq.Poller()
         self._poller.register(self.frontends.socket, zmq.POLLIN)
         self._poller.register(self.workers.socket, zmq.POLLIN)
+        self._poller.register(self._exits.fileno(), zmq.POLLIN)
         _calm_garbage_collector()
 
     def run(self) -> NoReturn:
         """Serve until an exception ends it: WorkerFailed, or Leaving."""
         next_look = 0.0
         while True:
-            self._poller.poll(int(_LOOK_INTERVAL_S * 1000))
+            news = dict(self._poller.poll(int(_LOOK_INTERVAL_S * 1000)))
             self.pipe.woke(now := time.monotonic())
-            if now >= next_look:
-                self._look_around()
-                next_look = now + _LOOK_INTERVAL_S
-            self._read_inbox()
-            self._commit()
-            self._plan()
+            try:
+                if self._exits.fileno() in news or now >= next_look:
+                    self._look_around()
+                    next_look = now + _LOOK_INTERVAL_S
+                self._read_inbox()
+                self._commit()
+                self._plan()
+            except WorkerLost as loss:
+                self._recover(loss)
             self._publish()
 
     def fail(self, reason: str) -> None:
@@ -198,11 +207,19 @@ class Engine:
 
     def _look_around(self) -> None:
         """Now and then: are all workers alive, and is every block accounted for when idle?"""
+        self._exits.clear()
         self.workers.check()
         self.frontends.send_all(self.pipe.stats(time.monotonic()))
         if not self.scheduler.has_work and not self._is_idle_and_checked:
             self.scheduler.check()
             self._is_idle_and_checked = True
+
+    def _recover(self, loss: WorkerLost) -> None:
+        """Bring the workers back, and let everybody compute again what he has."""
+        self.frontends.send_all(EngineRecovering(str(loss)))
+        self.scheduler.requeue_all(time.monotonic())
+        self._recovery.run(loss)
+        self.frontends.send_all(self._ready)
 
     def _read_inbox(self) -> None:
         while (received := self.frontends.receive()) is not None:

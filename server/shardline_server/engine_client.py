@@ -20,6 +20,7 @@ from shardline_server.messages import (
     Delta,
     EngineFailed,
     EngineReady,
+    EngineRecovering,
     EngineStats,
     FinishReason,
     FromEngine,
@@ -96,7 +97,11 @@ class EngineClient:
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
         self._answered = asyncio.Event()
         self._failed = asyncio.Event()
+        self._changed = asyncio.Event()
         self.ready: EngineReady | None = None
+        self.is_recovering = False
+        self.last_loss: str | None = None
+        self.num_losses = 0
         self.failure: str | None = None
         self.stats: EngineStats | None = None
         self.pipe: PipeStats | None = None
@@ -105,6 +110,11 @@ class EngineClient:
     def is_healthy(self) -> bool:
         """False once the engine has failed; `failure` says why. True while it still loads."""
         return self.failure is None
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether the engine takes requests now."""
+        return self.is_healthy and self.ready is not None and not self.is_recovering
 
     @property
     def num_open_requests(self) -> int:
@@ -134,6 +144,11 @@ class EngineClient:
         await self._answered.wait()
         return self.require_ready()
 
+    async def wait_changed(self) -> None:
+        """Until `is_serving` may have changed."""
+        await self._changed.wait()
+        self._changed.clear()
+
     async def wait_failed(self) -> str:
         """Until the engine has failed; returns the reason."""
         await self._failed.wait()
@@ -150,6 +165,11 @@ class EngineClient:
         self.require_healthy()
         if self.ready is None:
             raise NotServing("The model is still loading; try again in a moment.")
+        if self.is_recovering:
+            raise NotServing(
+                "A part of the server was lost and is being replaced; running requests go on after "
+                f"a pause, new ones are taken again in a moment ({self.last_loss})."
+            )
         return self.ready
 
     def submit(self, requests: Sequence[Submit]) -> DeltaStream:
@@ -172,6 +192,7 @@ class EngineClient:
             stream.put(terminal_delta(request_id, FinishReason.ERROR, message))
         self._answered.set()
         self._failed.set()
+        self._changed.set()
 
     def _abort_in_engine(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
@@ -201,7 +222,14 @@ class EngineClient:
                 self.pipe = message
             case EngineReady():
                 self.ready = message
+                self.is_recovering = False
                 self._answered.set()
+                self._changed.set()
+            case EngineRecovering():
+                self.is_recovering = True
+                self.last_loss = message.reason
+                self.num_losses += 1
+                self._changed.set()
             case EngineFailed():
                 self.fail(message.reason)
 

@@ -130,11 +130,12 @@ class Frontend:
             ready = await self.engine.wait_ready()
             names = self.config.served_model_names
             self.service.attach(self._files.serve(names, ready, created=int(time.time())))
-            await self._grpc.set_serving(True)
+        while self.engine.is_healthy:
+            await self._grpc.set_serving(self.engine.is_serving)
             self._serving.set()
-            reason = await self.engine.wait_failed()
-            logger.error("No longer serving: %s", reason)
-            await self._grpc.set_serving(False)
+            await self.engine.wait_changed()
+        logger.error("No longer serving: %s", self.engine.failure)
+        await self._grpc.set_serving(False)
 
 
 class HttpServer:

@@ -3,15 +3,11 @@
 import os
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import msgspec
 
-from shardline_server.child import (
-    describe_exit,
-    start_child_process,
-    stop_child_processes,
-    was_killed,
-)
+from shardline_server.child import describe_exit, start_child_process, stop_child_processes
 from shardline_shards.layout import Place, deal
 from shardline_shards.messages import WorkerConfig
 
@@ -19,42 +15,53 @@ _CPU_MEMORY_SHARE = 0.5
 _CUDA_MEMORY_SHARE = 0.9
 
 
+@dataclass(frozen=True, slots=True)
+class Death:
+    """A worker process that has ended, and how."""
+
+    place: Place
+    how: str
+
+    def __str__(self) -> str:
+        return f"the worker of {self.place} {self.how}"
+
+
 class LocalWorkers:
     """Processes by place; all of them children of this process."""
 
     def __init__(self) -> None:
         self._processes: dict[Place, subprocess.Popen[bytes]] = {}
+        self._configs: dict[Place, WorkerConfig] = {}
 
     def start(self, configs: Sequence[WorkerConfig], threads_per_worker: int | None) -> None:
         """Start one process for each config; cores and free memory are dealt out among them."""
         for config, cpu_ids in zip(configs, _deal_cores(len(configs)), strict=True):
-            num_threads = threads_per_worker or max(1, len(cpu_ids))
             is_cuda = config.device == "cuda"
             share = _CUDA_MEMORY_SHARE if is_cuda else _CPU_MEMORY_SHARE / len(configs)
-            own = msgspec.structs.replace(
+            self._configs[config.place] = msgspec.structs.replace(
                 config,
                 parent_pid=os.getpid(),
                 free_memory_share=share,
-                num_threads=num_threads,
+                num_threads=threads_per_worker or max(1, len(cpu_ids)),
                 cpu_ids=cpu_ids,
             )
-            self._processes[config.place] = start_child_process(
-                "shardline_shards.worker_process", own, environment=_thread_environment(num_threads)
-            )
+            self._start(self._configs[config.place])
 
-    def find_ended(self) -> str | None:
-        """A worker that has ended, and how; None while all are alive."""
-        for place, process in self._processes.items():
-            if process.poll() is not None:
-                return f"the worker of {place} {describe_exit(process.returncode)}"
-        return None
+    def restart(self, places: Sequence[Place], generation: int) -> None:
+        """Start those workers anew, with the cores that they had; what is left of them is ended."""
+        for place in places:
+            self._processes[place].kill()
+        stop_child_processes([self._processes[place] for place in places])
+        for place in places:
+            self._start(msgspec.structs.replace(self._configs[place], generation=generation))
 
-    def find_killed(self, *, besides: Place, within_s: float) -> str | None:
-        """A worker other than `besides` that a signal has ended, or ends within that time each."""
-        for place, process in self._processes.items():
-            if place != besides and was_killed(process, within_s):
-                return f"the worker of {place} {describe_exit(process.returncode)}"
-        return None
+    def ended(self) -> list[Death]:
+        """The workers that have ended."""
+        return [
+            Death(place, describe_exit(process.returncode))
+            for place, process in self._processes.items()
+            if process.poll() is not None
+        ]
 
     def join(self) -> None:
         """Wait for workers that were told to stop; end those that do not."""
@@ -65,6 +72,13 @@ class LocalWorkers:
         for process in self._processes.values():
             process.kill()
         self.join()
+
+    def _start(self, config: WorkerConfig) -> None:
+        self._processes[config.place] = start_child_process(
+            "shardline_shards.worker_process",
+            config,
+            environment=_thread_environment(config.num_threads),
+        )
 
 
 def _thread_environment(num_threads: int) -> dict[str, str]:

@@ -118,6 +118,12 @@ class EngineReady(Struct, frozen=True, tag=True):
     vocab_size: int
 
 
+class EngineRecovering(Struct, frozen=True, tag=True):
+    """Workers were lost; requests that run go on after a pause, which `EngineReady` ends."""
+
+    reason: str
+
+
 class EngineFailed(Struct, frozen=True, tag=True):
     """The engine ends; `reason` names the rank and says why."""
 
@@ -125,4 +131,4 @@ class EngineFailed(Struct, frozen=True, tag=True):
 
 
 ToEngine = Hello | Submit | Abort
-FromEngine = Output | PipeStats | EngineReady | EngineFailed
+FromEngine = Output | PipeStats | EngineReady | EngineRecovering | EngineFailed

@@ -85,6 +85,11 @@ class EngineCollector(Collector):
             total = CounterMetricFamily(f"shardline:{name}", text, labels=["model_name"])
             total.add_metric([self._model_name], value)
             yield total
+        losses = CounterMetricFamily(
+            "shardline:recoveries", "Times that lost workers were replaced.", labels=["model_name"]
+        )
+        losses.add_metric([self._model_name], self._engine.num_losses)
+        yield losses
         if self._engine.pipe is not None:
             yield from _pipe_metrics(self._model_name, self._engine.pipe)
 

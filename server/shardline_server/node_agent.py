@@ -81,7 +81,7 @@ def _run(settings: NodeSettings, workers: LocalWorkers) -> int:
         if head.silence_s > SILENCE_LIMIT_S:
             logger.error("the head has not been heard for %.1f s", head.silence_s)
             return 1
-        failure = workers.find_ended()
+        failure = "; ".join(map(str, workers.ended())) or None
     head.close()
     workers.join()
     return 0

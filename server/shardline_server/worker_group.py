@@ -1,8 +1,9 @@
 """The engine's workers: started, brought together, fed with plans, watched."""
 
 import logging
-from collections.abc import Iterator
-from typing import TypeVar
+import math
+import time
+from collections.abc import Iterator, Sequence
 
 import zmq
 
@@ -10,7 +11,7 @@ from shardline_scheduler.plan import StepPlan, StepResult
 from shardline_server.engine_config import EngineConfig
 from shardline_server.errors import ConfigError
 from shardline_server.head import Head
-from shardline_server.local_workers import LocalWorkers
+from shardline_server.local_workers import Death, LocalWorkers
 from shardline_shards.layout import Place
 from shardline_shards.messages import (
     Allocate,
@@ -18,7 +19,9 @@ from shardline_shards.messages import (
     FromWorker,
     Joined,
     Loaded,
+    Lost,
     Ready,
+    Reform,
     Rendezvous,
     StageReport,
     Stop,
@@ -26,35 +29,56 @@ from shardline_shards.messages import (
     WorkerConfig,
     decode_from_worker,
     encode,
+    worker_name,
 )
 
 logger = logging.getLogger("shardline.engine")
 
-_Message = TypeVar("_Message", Joined, Loaded, Ready)
-
 _CHECK_INTERVAL_MS = 200
 _DEATH_TAKES_S = 0.3
+_ANSWER_TAKES_S = 10.0
 
 
 class WorkerFailed(Exception):
-    """A worker ended or said that it must; `is_refusal` if the operator can mend it."""
+    """The workers cannot go on; `is_refusal` if the operator can mend it."""
 
     def __init__(self, reason: str, *, is_refusal: bool = False) -> None:
         super().__init__(reason)
         self.is_refusal = is_refusal
 
 
+class WorkerLost(WorkerFailed):
+    """Workers are dead, or held dead; without `places` only connections between them broke."""
+
+    def __init__(self, places: Sequence[Place], reason: str) -> None:
+        super().__init__(reason)
+        self.places = tuple(places)
+
+
 class WorkerGroup:
-    """All workers of one engine, on one control socket."""
+    """All workers of one engine, on one control socket.
+
+    The group has a generation number, one more for every time that workers were lost and the rest
+    was re-formed with new ones. Messages from before that are dropped.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
+        self.generation = 0
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self.socket.set_hwm(0)
         self.socket.bind(f"tcp://{config.host}:*")
         self._address: str = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._local = LocalWorkers()
         self._head = None if config.nodes is None else Head(config, config.nodes)
+        self._ranks = range(config.layout.world_size)
+        self._names = [worker_name(rank, 0) for rank in self._ranks]
+        self._loaded: dict[int, Loaded] = {}
+        self._joined: dict[int, Joined] = {}
+        self._ready: set[int] = set()
+        self._num_blocks: int | None = None
+        self._first_step_id: int | None = None
+        self._answer_by = math.inf
 
     def start(self) -> int:
         """Start every worker and wait until all are ready; returns the number of KV blocks.
@@ -66,32 +90,47 @@ class WorkerGroup:
         if self._head is not None:
             configs = self._assign(self._head, configs)
         self._local.start(configs, self.config.threads_per_worker)
-        joined = self._collect(Joined)
-        store_port = next((message.store_port for message in joined if message.store_port), 0)
-        self._send_all(Rendezvous(self.config.host, store_port))
-        loaded = self._collect(Loaded)
-        num_blocks = self._agree_on_blocks(loaded)
-        self._send_all(Allocate(num_blocks))
-        self._collect(Ready)
-        return num_blocks
+        self._bring_together()
+        assert self._num_blocks is not None
+        return self._num_blocks
+
+    def reform(self, loss: WorkerLost) -> None:
+        """Start lost workers again, and bring all together, without any request.
+
+        The others keep their weights. Raises WorkerLost if more are lost meanwhile.
+        """
+        self.generation += 1
+        self._joined.clear()
+        self._ready.clear()
+        self._first_step_id = None
+        self._local.restart(loss.places, self.generation)
+        for place in loss.places:
+            rank = self.config.layout.rank(place)
+            self._names[rank] = worker_name(rank, self.generation)
+            self._loaded.pop(rank, None)
+        self._send_all(Reform(self.generation))
+        self._answer_by = time.monotonic() + _ANSWER_TAKES_S
+        self._bring_together()
 
     def submit(self, plan: StepPlan) -> None:
         """Send a plan to every worker."""
+        if self._first_step_id is None:
+            self._first_step_id = plan.step_id
         self._send_all(plan)
 
     def results(self) -> Iterator[StepResult | StageReport]:
-        """What has arrived; raises WorkerFailed if a worker says that it fails."""
+        """What has arrived; raises WorkerLost if a worker says that it fails."""
         while self.socket.poll(0):
             message = self._receive()
-            assert isinstance(message, StepResult | StageReport)
-            yield message
+            if isinstance(message, StepResult | StageReport) and self._is_current(message):
+                yield message
 
     def check(self) -> None:
-        """Raise WorkerFailed if a worker process has ended, or a node has fallen silent."""
-        failure = self._local.find_ended()
-        if failure is None and self._head is not None:
-            failure = self._head.watch.find_failure()
-        if failure is not None:
+        """Raise WorkerLost if a worker process has ended, WorkerFailed if a node is silent."""
+        if deaths := self._local.ended():
+            self._raise_last_words()
+            raise _loss(deaths)
+        if self._head is not None and (failure := self._head.watch.find_failure()):
             self._raise_last_words()
             raise WorkerFailed(failure)
 
@@ -144,6 +183,47 @@ class WorkerGroup:
             return config.num_kv_blocks
         return 2 * config.max_num_seqs * -(-config.max_model_len // config.block_size)
 
+    def _bring_together(self) -> None:
+        """Until all workers are ready; each goes through its messages as fast as it can."""
+        while len(self._ready) < len(self._ranks):
+            if self.socket.poll(_CHECK_INTERVAL_MS):
+                self._go_on_with(self._receive())
+            self.check()
+            self._check_answers()
+
+    def _go_on_with(self, message: FromWorker | None) -> None:
+        match message:
+            case Loaded():
+                self._loaded[message.rank] = message
+                self._allocate(message)
+            case Joined() if message.generation == self.generation:
+                self._joined[message.rank] = message
+                if len(self._joined) == len(self._ranks):
+                    self._send_all(Rendezvous(self.config.host, self._store_port()))
+            case Ready() if message.generation == self.generation:
+                self._ready.add(message.rank)
+
+    def _allocate(self, loaded: Loaded) -> None:
+        """KV memory is allocated when all have loaded, later as much as the first time."""
+        if self._num_blocks is None:
+            if len(self._loaded) == len(self._ranks):
+                self._num_blocks = self._agree_on_blocks(list(self._loaded.values()))
+                self._send_all(Allocate(self._num_blocks))
+            return
+        if loaded.generation != self.generation:  # it was not there yet when the others were told
+            self._send(loaded.rank, Reform(self.generation))
+        self._send(loaded.rank, Allocate(self._num_blocks))
+
+    def _store_port(self) -> int:
+        return next((joined.store_port for joined in self._joined.values() if joined.store_port), 0)
+
+    def _check_answers(self) -> None:
+        """A worker that has loaded answers `Reform` within a step, or is stuck in one for ever."""
+        if time.monotonic() > self._answer_by and (silent := self._loaded.keys() - self._joined):
+            places = [self.config.layout.place(rank) for rank in sorted(silent)]
+            names = ", ".join(map(str, places))
+            raise WorkerLost(places, f"no answer for {_ANSWER_TAKES_S:.0f} s from {names}")
+
     def _agree_on_blocks(self, loaded: list[Loaded]) -> int:
         """The smallest of what each rank has room for: every rank holds every sequence's blocks."""
         for message in sorted(loaded, key=lambda message: message.rank):
@@ -168,40 +248,56 @@ class WorkerGroup:
             )
         return num_blocks
 
-    def _collect(self, kind: type[_Message]) -> list[_Message]:
-        """One message of a kind from every worker."""
-        messages: list[_Message] = []
-        while len(messages) < self.config.layout.world_size:
-            if self.socket.poll(_CHECK_INTERVAL_MS):
-                message = self._receive()
-                assert isinstance(message, kind), message
-                messages.append(message)
-            self.check()
-        return messages
+    def _is_current(self, message: StepResult | StageReport) -> bool:
+        first = message.timings[0] if isinstance(message, StageReport) else message
+        return self._first_step_id is not None and first.step_id >= self._first_step_id
 
-    def _receive(self) -> FromWorker:
-        message: FromWorker = decode_from_worker(self.socket.recv_multipart()[1])
+    def _receive(self) -> FromWorker | None:
+        """The next message; None instead of what comes too late. Raises WorkerLost."""
+        name, payload = self.socket.recv_multipart()
+        message: FromWorker = decode_from_worker(payload)
+        if name not in self._names:
+            return None
         if isinstance(message, Failed):
             raise self._explain(message)
+        if isinstance(message, Lost):
+            if message.generation == self.generation:
+                raise self._explain(message)
+            return None
         return message
 
-    def _explain(self, message: Failed) -> WorkerFailed:
+    def _explain(self, message: Failed | Lost) -> WorkerFailed:
         """Why a worker fails: a rank that was killed breaks its neighbours' connections, and they
         may say so before its process has quite ended.
         """
-        if message.is_refusal:
-            return WorkerFailed(message.reason, is_refusal=True)
         reporter = self.config.layout.place(message.rank)
-        reason = f"{reporter} failed: {message.reason}"
-        killed = self._local.find_killed(besides=reporter, within_s=_DEATH_TAKES_S)
-        return WorkerFailed(f"{killed}; {reason}" if killed else reason)
+        reason = f"{reporter}: {message.reason}"
+        if isinstance(message, Failed):
+            if message.is_refusal:
+                return WorkerFailed(message.reason, is_refusal=True)
+            return WorkerLost([reporter], f"the worker of {reason}")
+        deaths = self._await_deaths()
+        return _loss(deaths) if deaths else WorkerLost([], reason)
+
+    def _await_deaths(self) -> list[Death]:
+        end = time.monotonic() + _DEATH_TAKES_S
+        while not (deaths := self._local.ended()) and time.monotonic() < end:
+            time.sleep(0.01)
+        return deaths
 
     def _raise_last_words(self) -> None:
         """A worker that fails says so before it ends; prefer its reason to its exit status."""
         while self.socket.poll(0):
             self._receive()
 
+    def _send(self, rank: int, message: ToWorker) -> None:
+        self.socket.send_multipart([self._names[rank], encode(message)])
+
     def _send_all(self, message: ToWorker) -> None:
         payload = encode(message)
-        for rank in range(self.config.layout.world_size):
-            self.socket.send_multipart([str(rank).encode(), payload])
+        for name in self._names:
+            self.socket.send_multipart([name, payload])
+
+
+def _loss(deaths: Sequence[Death]) -> WorkerLost:
+    return WorkerLost([death.place for death in deaths], "; ".join(map(str, deaths)))

@@ -1,13 +1,10 @@
 """Every behaviour through both doors, whole and streamed, before the real split model."""
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import httpx
-import psutil
 import pytest
-from tests.server.conftest import running_engine_process
 from tests.server.doors import (
     Result,
     grpc_request,
@@ -16,7 +13,6 @@ from tests.server.doors import (
     http_stream,
     http_whole,
 )
-from tests.server.running import running_frontend
 
 from shardline_server.protos.shardline.v1 import generation_pb2 as pb
 from shardline_server.protos.shardline.v1.generation_pb2_grpc import GenerationStub
@@ -207,21 +203,3 @@ def test_the_limits_are_the_models(client):
     assert f"at most {limit - 1} tokens" in response.json()["error"]["message"]
     response = client.post("/v1/completions", json={"prompt": [400]})
     assert "0 to 399" in response.json()["error"]["message"]
-
-
-def test_a_killed_worker_ends_streams_with_an_error_and_shows_in_health(tiny_model):
-    body = {"prompt": PROMPT, "max_tokens": 400, "ignore_eos": True, "stream": True}
-    with (
-        running_engine_process(tiny_model) as engine,
-        running_frontend(engine.read_address(), tiny_model) as running,
-        httpx.Client(base_url=running.addresses.http_url, timeout=60) as client,
-    ):
-        with client.stream("POST", "/v1/completions", json=body) as response:
-            records = response.iter_lines()
-            next(records)
-            workers = psutil.Process(engine._process.pid).children()
-            workers[-1].kill()
-            last = [record for record in records if record][-1]
-        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_unavailable"
-        assert client.get("/health").status_code == 503
-        assert "stage 1" in client.get("/health").json()["error"]["message"]

@@ -91,7 +91,8 @@ def run_rank(
 ) -> tuple[dict[tuple[int, int], list[float]], LoadReport]:
     """One rank of a split model executes plans; rank (last stage, tp 0) returns logits by token."""
     device, place = torch.device("cpu"), layout.place(rank)
-    communicators = Communicators(layout, place, store, HOST, device)  # type: ignore[arg-type]
+    communicators = Communicators(layout, place, HOST, device)
+    communicators.form(store)  # type: ignore[arg-type]
     config, weights = load_config(folder), getattr(torch, dtype)
     model = build_stage_model(config, layout, place, communicators.collectives, weights, device)
     report = load_weights(model, folder, device)

@@ -17,9 +17,14 @@ def operator_router(service: GenerationService) -> APIRouter:
 
     @router.get("/health")
     async def health() -> dict[str, str]:
-        """200 while the process and its engine live (or still load); 503 with the reason after."""
-        service.engine.require_healthy()
-        return {"status": "ok"}
+        """200 while the process and its engine live (or still load); 503 with the reason after.
+
+        Tells which part of the engine was lost last, and whether it is still being replaced.
+        """
+        engine = service.engine
+        engine.require_healthy()
+        answer = {"status": "recovering" if engine.is_recovering else "ok"}
+        return answer if engine.last_loss is None else answer | {"last_loss": engine.last_loss}
 
     @router.get("/ready")
     async def ready() -> dict[str, str]:

@@ -1,0 +1,134 @@
+"""Workers die under running streams, and no stream ends, loses a token or says another one."""
+
+import os
+import random
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from tests.engine_process import EngineConnection, running_engine
+from tests.server.conftest import running_engine_process
+from tests.server.running import running_frontend
+from tests.tiny import VOCAB_SIZE, save_tiny
+
+from shardline_client import Client
+from shardline_scheduler.plan import SamplingParams
+from shardline_shards.layout import ParallelLayout, Place
+
+LAYOUTS = {
+    "1x2": ParallelLayout(tp=1, stage_layers=(2, 1)),
+    "2x1": ParallelLayout(tp=2, stage_layers=(3,)),
+    "2x2": ParallelLayout(tp=2, stage_layers=(1, 2)),
+    "1x3": ParallelLayout(tp=1, stage_layers=(1, 1, 1)),
+}
+NUM_STREAMS = 32
+Requests = dict[str, tuple[list[int], SamplingParams]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def requests() -> Requests:
+    """Half of them greedy, half sampled; some share a beginning; some want logprobs."""
+    rng = random.Random(0)
+    shared = [rng.randrange(3, VOCAB_SIZE) for _ in range(40)]
+    requests: Requests = {}
+    for number in range(NUM_STREAMS):
+        tokens = [rng.randrange(3, VOCAB_SIZE) for _ in range(rng.randint(1, 60))]
+        sampling = SamplingParams(
+            max_tokens=rng.randint(60, 150),
+            seed=number,
+            temperature=number % 2,
+            num_logprobs=0 if number % 5 == 0 else None,
+        )
+        requests[str(number)] = (shared + tokens if number % 3 == 0 else tokens, sampling)
+    return requests
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path, requests: Requests) -> dict[str, list[int]]:
+    with running_engine(model, ParallelLayout(tp=1, stage_layers=(3,))) as engine:
+        return {name: outcome.token_ids for name, outcome in engine.generate(requests).items()}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS.values(), ids=LAYOUTS)
+def engine(request: pytest.FixtureRequest, model: Path) -> Iterator[EngineConnection]:
+    with running_engine(model, request.param, max_num_batched_tokens=128) as connection:
+        connection.layout = request.param
+        yield connection
+
+
+def workers() -> list[psutil.Process]:
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if "worker stage" in " ".join(child.cmdline())]
+
+
+def find_worker(place: object) -> psutil.Process:
+    part = f"stage={place.stage_index} tp={place.tp_rank}"
+    return next(worker for worker in workers() if part in " ".join(worker.cmdline()))
+
+
+def test_any_worker_may_die_under_running_streams(
+    engine: EngineConnection, requests: Requests, undisturbed: dict[str, list[int]]
+) -> None:
+    for place in engine.layout.places():
+        for name, request in requests.items():
+            engine.submit(name, *request)
+        engine.wait(lambda: all(len(o.token_ids) > 5 for o in engine.outcomes.values()))
+        others = [worker for worker in workers() if worker != find_worker(place)]
+        os.kill(find_worker(place).pid, signal.SIGKILL)
+        engine.wait(lambda: all(outcome.finish_reason for outcome in engine.outcomes.values()))
+        assert {name: o.token_ids for name, o in engine.outcomes.items()} == undisturbed
+        assert engine.losses.pop() == f"the worker of {place} was killed by signal 9"
+        assert not engine.losses
+        assert all(worker.is_running() for worker in others), "the others keep their weights"
+        engine.outcomes.clear()
+        assert engine.stats is not None
+        assert engine.stats.num_used_kv_blocks == engine.stats.num_running == 0
+
+
+def test_streams_through_both_doors_outlive_a_worker(tiny_model: Path) -> None:
+    options = {"max_tokens": 300, "ignore_eos": True}
+    with (
+        running_engine_process(tiny_model) as engine,
+        running_frontend(engine.read_address(), tiny_model) as running,
+        Client(running.addresses.http_url) as http,
+        Client(f"grpc://{running.addresses.grpc_target}") as grpc,
+        httpx.Client(base_url=running.addresses.http_url, timeout=60) as probe,
+        ThreadPoolExecutor(32) as threads,
+    ):
+        undisturbed = [http.complete("The", seed=i, **options).text for i in range(16)]
+        begun = threading.Barrier(33)
+
+        def read(client: Client, seed: int) -> str:
+            with client.stream_complete("The", seed=seed, **options) as stream:
+                next(pieces := iter(stream))
+                begun.wait()
+                for _ in pieces:
+                    pass
+                assert stream.completion.finish_reason == "length"
+                assert stream.completion.usage.completion_tokens == 300
+                return stream.completion.text
+
+        streams = [threads.submit(read, client, i) for client in (http, grpc) for i in range(16)]
+        begun.wait()
+        find_worker(Place(1, 0)).kill()
+        while (refusal := probe.get("/ready")).status_code == 200:
+            pass
+        assert refusal.status_code == 503
+        assert "Retry-After" in refusal.headers
+        assert "stage 1, tp rank 0 was killed by signal 9" in refusal.text
+        assert probe.get("/health").json()["status"] == "recovering"
+        assert probe.post("/v1/completions", json={"prompt": "The"}).status_code == 503
+        assert [stream.result() for stream in streams] == undisturbed * 2
+        assert probe.get("/ready").status_code == 200
+        assert "stage 1" in probe.get("/health").json()["last_loss"]
+        assert 'recoveries_total{model_name="tiny"} 1.0' in probe.get("/metrics").text
