@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from shardline_client.bench.classes import parse_class, parse_lengths
+
 if TYPE_CHECKING:
     from shardline_client.settings import ClientOptions
 
@@ -50,20 +52,29 @@ _BUDGET: tuple[Decorator, ...] = (
 )
 
 
-class _Lengths(click.ParamType[tuple[int, int]]):
-    name = "N|LOW:HIGH"
+class _Parsed(click.ParamType[Any]):
+    """An option whose text a function reads, which raises ValueError."""
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        low, _, high = str(value).partition(":")
+    def __init__(self, name: str, read: Callable[[str], Any]) -> None:
+        self.name = name
+        self._read = read
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         try:
-            lengths = int(low), int(high or low)
-        except ValueError:
-            self.fail(f"{value!r} is not a number such as 256, nor a range such as 128:512.")
-        if not 1 <= lengths[0] <= lengths[1]:
-            self.fail(f"{value!r}: 1 <= LOW <= HIGH must hold.")
-        return lengths
+            return self._read(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(str(error))
+
+
+def _parse_rates(text: str) -> tuple[float, ...]:
+    rates = tuple(float(rate) for rate in text.split(","))
+    if not all(0 < rate < float("inf") for rate in rates):
+        raise ValueError(f"{text!r}: a rate is above 0.")
+    return rates
+
+
+_LENGTHS = _Parsed("N|LOW:HIGH", parse_lengths)
+_POSITIVE = click.FloatRange(0, min_open=True)
 
 
 def _with(decorators: tuple[Decorator, ...]) -> Decorator:
@@ -124,19 +135,61 @@ def complete(url: str, text: str | None, **values: Any) -> None:
 @click.option("--concurrency", type=click.IntRange(1), help="so many at a time  [default: 1]")
 @click.option(
     "--rate",
-    type=click.FloatRange(0, min_open=True),
-    help="instead: new requests per second, at random (Poisson), however many are under way",
+    "rates",
+    type=_Parsed("R[,R…]", _parse_rates),
+    default=(),
+    help="instead: new requests per second, however many are under way; several are run in turn",
+)
+@click.option(
+    "--cv", type=_POSITIVE, help="coefficient of variation of the gaps  [default: 1, Poisson]"
+)
+@click.option("--burstiness", type=_POSITIVE, help="the same as the gamma shape, 1 / CV²")
+@click.option("--trace", type=_PATH, help="arrivals and lengths from an Azure LLM trace (CSV)")
+@click.option("--time-scale", type=_POSITIVE, help="stretch the trace's times; --rate does it too")
+@click.option("--length-scale", type=_POSITIVE, default=1.0, help="stretch the trace's lengths")
+@click.option(
+    "--budget",
+    "budgets",
+    type=_Parsed("CLASS:…", parse_class),
+    multiple=True,
+    help="judge requests, as interactive:ttft=1500,tpot=100,share=0.7 (ms); may be repeated. "
+    "Also deadline, on_miss, and a class's own prompt and output lengths",
+)
+@click.option(
+    "--send-budget/--no-send-budget",
+    default=None,
+    help="tell the server its budgets  [default: on if the server is Shardline]",
 )
 @click.option("--num-requests", type=click.IntRange(1), help="[default: 100 without --duration]")
 @click.option(
-    "--duration",
-    "duration_s",
-    type=click.FloatRange(0, min_open=True),
-    help="begin no request after so many seconds",
+    "--duration", "duration_s", type=_POSITIVE, help="begin no request after so many seconds"
 )
-@click.option("--prompt-tokens", type=_Lengths(), default="256", show_default=True)
-@click.option("--output-tokens", type=_Lengths(), default="128", show_default=True)
+@click.option(
+    "--warm-up",
+    "warm_up_s",
+    type=click.FloatRange(0),
+    default=0.0,
+    help="do not count requests that arrive in the first so many seconds",
+)
+@click.option(
+    "--cool-down",
+    "cool_down_s",
+    type=click.FloatRange(0),
+    default=0.0,
+    help="nor those in the last so many seconds",
+)
+@click.option("--prompt-tokens", type=_LENGTHS, default="256", show_default=True)
+@click.option("--output-tokens", type=_LENGTHS, default="128", show_default=True)
 @click.option("--seed", type=int, help="of prompts, lengths and arrivals  [default: a new one]")
+@click.option(
+    "--num-seeds", type=click.IntRange(1), default=1, help="run each rate with so many seeds"
+)
+@click.option(
+    "--find-capacity",
+    is_flag=True,
+    help="find the largest rates with 99 % and 90 % of requests in time, beginning at --rate",
+)
+@click.option("--precision", type=_POSITIVE, default=0.1, help="of that rate", show_default=True)
 @click.option("--temperature", type=float, default=0.0)
 @click.option("--chat", "is_chat", is_flag=True, help="send chat messages instead of prompts")
 @click.option(
@@ -146,7 +199,7 @@ def complete(url: str, text: str | None, **values: Any) -> None:
 )
 @click.option("--json", "json_file", type=_PATH, help="write all figures and requests there")
 @click.option("--png", "png_file", type=_PATH, help="write a chart there (needs matplotlib)")
-def bench(url: str, **values: Any) -> None:
+def bench(url: str, cv: float | None, burstiness: float | None, **values: Any) -> None:
     """Load the server at URL and tell how fast it answered.
 
     Any server with OpenAI's /v1/completions (or, with --chat, /v1/chat/completions) will do.
@@ -155,9 +208,12 @@ def bench(url: str, **values: Any) -> None:
     from shardline_client.bench.options import BenchOptions
 
     with _one_line_errors():
+        if cv is not None and burstiness is not None:
+            raise ValueError("--cv and --burstiness say the same; give one of them.")
         connection = _connection(values)
         files = values.pop("json_file"), values.pop("png_file")
         given = {name: value for name, value in values.items() if value is not None}
+        given["cv"] = cv or (burstiness or 1.0) ** -0.5
         status = run(url, connection, BenchOptions(**given), *files)
     click.get_current_context().exit(status)
 

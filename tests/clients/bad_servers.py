@@ -33,7 +33,14 @@ class Say:
     then: Literal["end", "error", "stop", "silence"] = "end"
 
 
-Answer = Refuse | Say
+@dataclass(frozen=True)
+class SayTogether:
+    """One piece, as soon as so many requests are there."""
+
+    barrier: threading.Barrier
+
+
+Answer = Refuse | Say | SayTogether
 
 
 class BadServer(Protocol):
@@ -59,9 +66,14 @@ class HttpBadServer(_Script):
     def __init__(self, context: ssl.SSLContext | None = None) -> None:
         super().__init__()
         self.bodies: list[dict[str, Any]] = []
+        self.owner = "somebody"
         script = self
 
         class Handler(_HttpHandler):
+            def do_GET(self) -> None:
+                card = {"id": "bad", "object": "model", "created": 0, "owned_by": script.owner}
+                self._send_json(200, {"object": "list", "data": [card]})
+
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 if not self.path.startswith("/v1/"):
@@ -94,14 +106,14 @@ class _HttpHandler(BaseHTTPRequestHandler):
 
     def answer(self, answer: Answer, stopping: threading.Event) -> None:
         self.close_connection = True
-        if isinstance(answer, Refuse):
-            self._refuse(answer)
-        else:
-            self._say(answer, stopping)
-
-    def do_GET(self) -> None:
-        card = {"id": "bad", "object": "model", "created": 0, "owned_by": "somebody"}
-        self._send_json(200, {"object": "list", "data": [card]})
+        match answer:
+            case Refuse():
+                self._refuse(answer)
+            case Say():
+                self._say(answer, stopping)
+            case SayTogether():
+                answer.barrier.wait()
+                self._say(Say(1), stopping)
 
     def _refuse(self, answer: Refuse) -> None:
         message = {"message": f"I am {answer.why}.", "type": "t", "param": None, "code": "why"}
@@ -179,6 +191,7 @@ class GrpcBadServer(_Script, rpc.GenerationServicer):
         if isinstance(answer, Refuse):
             self._refuse(answer, context)
             return
+        assert isinstance(answer, Say)
         for i in range(answer.num_pieces):
             delta = pb.GenerateDelta(index=i, token_ids=[i], text=f"{i},")
             if answer.then == "end" and i == answer.num_pieces - 1:

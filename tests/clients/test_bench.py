@@ -1,17 +1,16 @@
-"""`shardline bench`: the figures, the load it makes, and servers that will not have it."""
+"""`shardline bench` as a process: before real servers, and before some that will not have it."""
 
 import json
-import random
 import subprocess
 import sys
+import threading
 
 import pytest
-from tests.clients.bad_servers import GrpcBadServer, HttpBadServer, Refuse, Say
+from tests.clients.bad_servers import GrpcBadServer, HttpBadServer, Refuse, Say, SayTogether
 
 from shardline_client.bench.load import plan
 from shardline_client.bench.options import BenchOptions
-from shardline_client.bench.prompts import TextPrompts, TokenPrompts
-from shardline_client.bench.records import Distribution, Outcome, Record, summarize
+from shardline_client.bench.prompts import TokenPrompts
 
 COMMAND = [sys.executable, "-m", "shardline_server", "bench"]
 SMALL = ("--prompt-tokens", "20", "--output-tokens", "4:6")
@@ -22,74 +21,10 @@ def bench(url: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def record(start_s=0.0, times=(1.0,), outcome=Outcome.OK, num_output_tokens=None) -> Record:
-    return Record(
-        start_s=start_s,
-        end_s=times[-1],
-        outcome=outcome,
-        token_times_s=tuple(times),
-        num_prompt_tokens=10,
-        num_output_tokens=num_output_tokens or len(times),
-    )
-
-
-def test_the_latencies_of_a_request():
-    one = record(2.0, (3.0, 3.5, 5.0), num_output_tokens=5)
-    assert (one.ttft_s, one.e2e_s) == (1.0, 3.0)
-    assert one.tpot_s == (5.0 - 3.0) / 4
-    assert one.itl_s == [0.5, 1.5]
-    assert record(times=(1.0,)).tpot_s is None
-
-
-def test_percentiles_are_interpolated():
-    assert Distribution.of([]) is None
-    assert Distribution.of([0.002]) == Distribution(mean=2.0, p50=2.0, p90=2.0, p99=2.0)
-    hundred_and_one = [i / 1000 for i in range(101)]
-    assert Distribution.of(hundred_and_one) == Distribution(
-        mean=pytest.approx(50), p50=50, p90=90, p99=99
-    )
-
-
-def test_only_requests_that_ended_well_count():
-    refused = record(times=(9.0,), outcome=Outcome.REFUSED)
-    failed = record(times=(8.0,), outcome=Outcome.FAILED)
-    summary = summarize([record(0.0, (1.0, 2.0)), record(1.0, (2.0, 10.0)), refused, failed])
-    assert (summary.num_ok, summary.num_refused, summary.num_failed) == (2, 1, 1)
-    assert summary.duration_s == 10.0
-    assert summary.output_tokens_per_s == 4 / 10
-    assert summary.total_tokens_per_s == 24 / 10
-    assert summary.requests_per_s == 2 / 10
-    assert summary.ttft_ms.mean == 1000
-    assert summarize([]).requests_per_s == 0
-
-
-def test_the_same_seed_plans_the_same_load():
-    options = BenchOptions(rate=5, prompt_tokens=(3, 9), output_tokens=(1, 4), seed=1)
-    prompts = TokenPrompts([5, 6, 7, 8])
-
-    def planned(seed):
-        requests = plan(options, prompts, random.Random(seed))
-        return [next(requests) for _ in range(2000)]
-
-    load = planned(1)
-    assert load == planned(1) != planned(2)
-    assert {len(request.prompt) for request in load} == set(range(3, 10))
-    assert {request.num_output_tokens for request in load} == {1, 2, 3, 4}
-    arrivals = [request.arrival_s for request in load]
-    assert arrivals[0] == 0 and arrivals == sorted(arrivals)
-    # The mean of 1999 exponential gaps is within 5 standard errors of 1/rate.
-    assert arrivals[-1] / 1999 == pytest.approx(1 / 5, rel=5 / 1999**0.5)
-
-
-def test_text_prompts_have_about_the_length():
-    prompt = TextPrompts(0.5).make(100, random.Random(0))
-    assert len(prompt.split()) == 50
-
-
-def test_rate_and_concurrency_exclude_each_other():
+def test_options_that_exclude_each_other_are_refused():
     done = bench("http://127.0.0.1:1", "--rate", 1, "--concurrency", 2)
     assert done.returncode == 2
-    assert "exclude each other" in done.stderr
+    assert "--concurrency excludes --rate" in done.stderr
 
 
 @pytest.mark.parametrize("load", [("--concurrency", 3), ("--rate", 50)])
@@ -103,12 +38,13 @@ def test_a_run_over_each_door(url, tmp_path, load):
     report = json.loads((tmp_path / "run.json").read_text())
     assert report["server"]["prompts"] == "token ids"
     assert report["server"]["options"]["ignore_eos"] is True
-    requests = report["requests"]
-    assert len(requests) == report["summary"]["num_ok"] == 7
+    requests, (point,) = report["requests"], report["points"]
+    assert len(requests) == point["summary"]["num_ok"] == 7
     assert {one["num_prompt_tokens"] for one in requests} == {20}
     assert {one["num_output_tokens"] for one in requests} <= {4, 5, 6}
-    assert all(1 <= len(one["token_times_s"]) <= one["num_output_tokens"] for one in requests)
-    assert report["summary"]["num_output_tokens"] == sum(
+    assert all(sum(one["token_counts"]) == one["num_output_tokens"] for one in requests)
+    assert all(len(one["token_counts"]) == len(one["token_times_s"]) for one in requests)
+    assert point["summary"]["num_output_tokens"] == sum(
         one["num_output_tokens"] for one in requests
     )
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
@@ -173,3 +109,118 @@ def test_without_matplotlib_a_chart_is_refused_before_the_load(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 1
     assert "needs matplotlib: pip install 'shardline[bench]'" in done.stderr
+
+
+def test_an_open_loop_does_not_wait_for_answers():
+    """The server answers nobody until all six are there."""
+    with HttpBadServer() as server:
+        warm_up = [Say(1)] * 3  # two of them calibrate prompts
+        server.answers = [*warm_up, SayTogether(threading.Barrier(6))]
+        done = bench(server.url, *SMALL, "--num-requests", 6, "--rate", 100)
+    assert done.returncode == 0, done.stderr
+    assert "6 ok" in done.stdout
+
+
+def test_a_refusal_is_no_success(tmp_path):
+    with HttpBadServer() as server:
+        warm_up = [Say(1)] * 3
+        server.answers = [*warm_up, Say(2), Refuse("full", "7"), Say(2), Refuse("full")]
+        arguments = ("--rate", 100, "--num-requests", 5, "--budget", "standard:deadline=60000")
+        done = bench(server.url, *SMALL, *arguments, "--json", tmp_path / "run.json")
+    assert done.returncode == 0, done.stderr
+    assert "2 ok, 3 refused, 0 failed" in done.stdout
+    assert "1 of 3 refusals said when to come back: after 7.0 s (p50)" in done.stdout
+    report = json.loads((tmp_path / "run.json").read_text())
+    budget = report["points"][0]["summary"]["budget"]
+    assert (budget["num_offered"], budget["num_refused"], budget["num_met"]) == (5, 3, 2)
+    assert (budget["attainment"], budget["admitted_attainment"]) == (0.4, 1.0)
+    assert report["points"][0]["summary"]["refusal_ms"]["p99"] > 0
+    assert [one["met"] for one in report["requests"]].count(True) == 2
+    assert not any("latency_budget" in body for body in server.bodies)
+
+
+@pytest.mark.parametrize(
+    ("owner", "arguments", "is_sent"),
+    [
+        ("shardline", (), True),
+        ("shardline", ("--no-send-budget",), False),
+        ("somebody", (), False),
+        ("somebody", ("--send-budget",), True),
+    ],
+)
+def test_budgets_are_sent_to_our_servers_or_when_asked(owner, arguments, is_sent):
+    budget = ("--budget", "interactive:ttft=1500,tpot=100")
+    with HttpBadServer() as server:
+        server.owner = owner
+        done = bench(server.url, *SMALL, "--num-requests", 1, *budget, *arguments)
+    assert done.returncode == 0, done.stderr
+    *warm_up, counted = server.bodies
+    asked = {"ttft_ms": 1500, "tpot_ms": 100, "priority": "interactive", "on_miss": "reject"}
+    assert counted.get("latency_budget") == (asked if is_sent else None)
+    assert not any("latency_budget" in body for body in warm_up)
+
+
+def test_arrivals_are_when_sending_was_due_and_the_ends_are_not_counted(tmp_path):
+    arguments = ("--rate", 200, "--cv", 2, "--num-requests", 40, "--num-seeds", 2, "--seed", 5)
+    ends = ("--warm-up", 0.05, "--cool-down", 0.05)
+    with HttpBadServer() as server:
+        done = bench(server.url, *SMALL, *arguments, *ends, "--json", tmp_path / "run.json")
+    assert done.returncode == 0, done.stderr
+    requests = json.loads((tmp_path / "run.json").read_text())["requests"]
+    options = BenchOptions(rates=(200,), cv=2, seed=5)
+    for seed in (5, 6):
+        planned = plan(options, TokenPrompts([1]), seed, rate=200)
+        arrivals = [next(planned).arrival_s for _ in range(41)]
+        counted = [at for at in arrivals[:40] if 0.05 <= at < arrivals[40] - 0.05]
+        sent = sorted(one["start_s"] for one in requests if one["seed"] == seed)
+        assert sent == [pytest.approx(at, abs=1e-6) for at in counted]
+        assert 0 < len(counted) < 40
+
+
+def test_nothing_left_to_count_is_told():
+    with HttpBadServer() as server:
+        done = bench(server.url, "--rate", 100, "--num-requests", 2, "--warm-up", 60)
+    assert done.returncode == 2
+    assert "leave nothing of" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (Say(1), "256 requests/s"),
+        (Refuse("full"), "below all that was tried, not at 0.00391/s"),
+    ],
+)
+def test_capacity_of_a_server_that_takes_all_or_nothing(tmp_path, answer, found):
+    arguments = ("--num-requests", 1, "--find-capacity", "--budget", "standard:deadline=60000")
+    with HttpBadServer() as server:
+        server.answers = [answer]
+        files = ("--json", tmp_path / "run.json", "--png", tmp_path / "run.png")
+        done = bench(server.url, *SMALL, *arguments, *files)
+    assert done.returncode == isinstance(answer, Refuse), done.stderr
+    assert f"capacity at 99% in time: {found}" in done.stdout
+    report = json.loads((tmp_path / "run.json").read_text())
+    assert [one["target"] for one in report["capacities"]] == [0.99, 0.9]
+    assert len(report["points"]) == 9
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_trace_is_replayed_with_its_lengths(server, tmp_path):
+    trace = tmp_path / "trace.csv"
+    trace.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2023-11-16 18:15:46.6805900,40,8\n"
+        "2023-11-16 18:15:56.6805900,20,4\n"
+        "2023-11-16 18:15:51.6805900,10,6\n"
+    )
+    scale = ("--time-scale", 0.01, "--length-scale", 0.5)
+    budgets = ("--budget", "standard:ttft=60000,share=0.5", "--budget", "batch:share=0.5")
+    arguments = ("--trace", trace, *scale, *budgets, "--json", tmp_path / "run.json")
+    done = bench(server["http"], *arguments)
+    assert done.returncode == 0, done.stderr
+    requests = json.loads((tmp_path / "run.json").read_text())["requests"]
+    sent = sorted(
+        (one["start_s"], one["num_prompt_tokens"], one["num_output_tokens"]) for one in requests
+    )
+    assert sent == [(0.0, 20, 4), (0.05, 5, 3), (0.1, 10, 2)]
+    assert all(one["met"] for one in requests)
