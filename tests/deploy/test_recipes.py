@@ -110,6 +110,7 @@ def test_the_manifests_pods_parse(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.nodes == template["size"] == settings.pp
     assert settings.rendezvous.rpartition(":")[2] == joined["join"].rpartition(":")[2]
     assert settings.join_timeout == joined["join_timeout"]
+    assert service["metadata"]["name"] != group["metadata"]["name"]  # the controller takes that
     for pod in (head, node):
         (container,) = pod["containers"]
         assert container["resources"]["limits"]["nvidia.com/gpu"] == str(settings.tp)
