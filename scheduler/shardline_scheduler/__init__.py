@@ -1,5 +1,6 @@
 """Requests, KV blocks, step planning. No torch, no asyncio, no I/O, no clock of its own."""
 
+from .accuracy import Accuracy
 from .budget import BudgetOutcome, BudgetPrediction, LatencyBudget, OnMiss, Priority
 from .config import SchedulerConfig
 from .cost import StepCost, StepLoad, TokenBudget
@@ -14,19 +15,23 @@ from .errors import (
     SchedulerError,
     TenantQuotaExceeded,
 )
+from .outcome import ClassStats
 from .outputs import RequestOutput, SchedulerStats
-from .policy import POLICIES, Fcfs, Policy
+from .policy import POLICIES, EarliestDeadline, Fcfs, Policy
 from .request import FinishReason, Request, RequestState
 from .scheduler import Scheduler
 
 __all__ = [
     "POLICIES",
+    "Accuracy",
     "BudgetImpossible",
     "BudgetOutcome",
     "BudgetPrediction",
     "BudgetRefused",
     "BudgetUnmet",
+    "ClassStats",
     "DuplicateRequest",
+    "EarliestDeadline",
     "Fcfs",
     "FinishReason",
     "LatencyBudget",

@@ -24,7 +24,7 @@ class SchedulerConfig:
     num_stages: int = 1
     max_in_flight: int | None = None
     enable_prefix_cache: bool = True
-    policy: str = "fcfs"
+    policy: str = "edf"
 
     def __post_init__(self) -> None:
         for name in (

@@ -28,15 +28,20 @@ class StepLoad:
             self.num_decodes += 1
             self.decode_context += context
         else:
-            self.num_prefill_tokens += num_tokens
-            self.prefill_context += num_tokens * context + num_tokens * (num_tokens - 1) // 2
+            self.add_prefill(num_tokens, context)
+
+    def add_prefill(self, num_tokens: int, context: int) -> None:
+        """Take a chunk."""
+        self.num_prefill_tokens += num_tokens
+        self.prefill_context += num_tokens * context + num_tokens * (num_tokens - 1) // 2
 
 
 class StepCost(Protocol):
     """Says how much more a step may take."""
 
-    def affordable_tokens(self, load: StepLoad, context: int) -> int:
-        """Tokens that the step may still take of a request with `context` tokens computed.
+    def affordable_tokens(self, load: StepLoad, context: int, num_wanted: int) -> int:
+        """Of the next `num_wanted` tokens of a request with `context` tokens computed, how many
+        the step may still take.
 
         0 or less means none. Must be at least 1 for an empty load, or nothing ever runs.
         """
@@ -49,6 +54,6 @@ class TokenBudget:
     def __init__(self, max_num_batched_tokens: int) -> None:
         self._max_num_batched_tokens = max_num_batched_tokens
 
-    def affordable_tokens(self, load: StepLoad, context: int) -> int:
+    def affordable_tokens(self, load: StepLoad, context: int, num_wanted: int) -> int:
         """What is left of the budget."""
-        return self._max_num_batched_tokens - load.num_prefill_tokens - load.num_decodes
+        return min(num_wanted, self._max_num_batched_tokens - load.num_tokens)

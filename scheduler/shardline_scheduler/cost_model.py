@@ -68,6 +68,10 @@ class RangeModel(Struct):
             + e / _SCALES[4] * load.prefill_context
         )
 
+    def added_seconds(self, load: StepLoad) -> float:
+        """What `load` adds to a step that is taken anyway, without margin."""
+        return self.seconds(load) - self.fit.coefficients[0]
+
     def observe(self, load: StepLoad, seconds: float) -> None:
         """Learn from one step, unless it is an outlier among the last ones.
 
@@ -166,6 +170,28 @@ class StageModel(Struct):
         part = self._model_of(load.num_tokens)
         return part.seconds(load) * (1 + part.margin)
 
+    def prefill_seconds(self, num_tokens: int, context: int) -> float:
+        """Planned time that prefill tokens behind `context` add to a step, whatever its range."""
+        load = StepLoad()
+        load.add_prefill(num_tokens, context)
+        return max(part.added_seconds(load) * (1 + part.margin) for part in self._trusted)
+
+    def expected_prefill_seconds(self, num_tokens: int, context: int) -> float:
+        """The same without margin, in the range that prefers it."""
+        load = StepLoad()
+        load.add_prefill(num_tokens, context)
+        return min(part.added_seconds(load) for part in self._trusted)
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether one of its ranges has seen enough."""
+        return self.memory_bound.is_trusted or self.compute_bound.is_trusted
+
+    @property
+    def _trusted(self) -> list[RangeModel]:
+        ranges = (self.memory_bound, self.compute_bound)
+        return [part for part in ranges if part.is_trusted]
+
     def tokens_within(self, seconds: float, load: StepLoad, context: int) -> int:
         """Prefill tokens behind `context` that may join `load` in a step of planned `seconds`."""
         small, large = self.memory_bound, self.compute_bound
@@ -211,8 +237,14 @@ class PipeModel(Struct):
             stage.memory_bound.is_trusted or stage.compute_bound.is_trusted for stage in self.stages
         )
 
+    def observe(self, stage_index: int, load: StepLoad, seconds: float) -> None:
+        """Learn what a step took of a stage."""
+        self.stages[stage_index].observe(load, seconds)
+
     def observe_trip(self, load: StepLoad, seconds: float) -> None:
         """Learn from the time between plan and result of a step that had the pipe for itself."""
+        if not self.is_ready:
+            return
         overhead = max(0.0, seconds - self._sum_of_expected(load))
         self.trip_overhead_s += _TRIP_SMOOTHING * (overhead - self.trip_overhead_s)
 
@@ -231,6 +263,14 @@ class PipeModel(Struct):
     def expected_trip_seconds(self, load: StepLoad) -> float:
         """The same without margin."""
         return self._sum_of_expected(load) + self.trip_overhead_s
+
+    def prefill_seconds(self, num_tokens: int, context: int) -> float:
+        """Planned time that prefill tokens behind `context` add to the slowest stage."""
+        return max(stage.prefill_seconds(num_tokens, context) for stage in self.stages)
+
+    def expected_prefill_seconds(self, num_tokens: int, context: int) -> float:
+        """The least of what they are expected to add to a step of the slowest stage."""
+        return max(stage.expected_prefill_seconds(num_tokens, context) for stage in self.stages)
 
     def tokens_within(self, seconds: float, load: StepLoad, context: int) -> int:
         """Prefill tokens that may join `load` until the slowest stage takes `seconds`."""

@@ -4,7 +4,9 @@ from typing import Self
 
 from msgspec import Struct
 
+from .accuracy import Accuracy
 from .budget import BudgetOutcome
+from .outcome import ClassStats
 from .plan import TokenLogprobs
 from .request import FinishReason, Request
 
@@ -54,7 +56,8 @@ class SchedulerStats(Struct, frozen=True, kw_only=True):
     """Gauges of this moment, and totals since the start.
 
     free + cached + used blocks make `num_kv_blocks`; a cached block is used by nobody and can be
-    allocated. Prefix queries and hits count prompt tokens, each request once.
+    allocated. Prefix queries and hits count prompt tokens, each request once. `classes` say how
+    budgets were kept, `accuracy` how well the times of steps are predicted.
     """
 
     num_running: int
@@ -67,3 +70,5 @@ class SchedulerStats(Struct, frozen=True, kw_only=True):
     num_prefix_hits: int
     num_steps: int
     num_in_flight: int
+    classes: list[ClassStats]
+    accuracy: Accuracy

@@ -5,6 +5,7 @@ from enum import Enum, StrEnum
 
 from .budget import BudgetPrediction, LatencyBudget
 from .plan import PromptLogprobs, SamplingParams, TokenLogprobs
+from .terms import Terms
 
 NEVER = float("-inf")
 UNLIMITED = LatencyBudget()
@@ -45,6 +46,7 @@ class Request:
     budget: LatencyBudget = UNLIMITED
     tenant: str = ""
 
+    terms: Terms = field(init=False, default_factory=Terms)
     prediction: BudgetPrediction = field(init=False, default=BudgetPrediction())
     first_token_time: float = field(init=False, default=NEVER)
     last_token_time: float = field(init=False, default=NEVER)

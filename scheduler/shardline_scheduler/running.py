@@ -14,9 +14,10 @@ class RunningRequests:
     def __init__(self) -> None:
         self._requests: dict[int, Request] = {}
         self._prefills: dict[int, Request] = {}
-        # Oldest token first. Who stops running stays in here until his turn comes: indexes are
-        # never used twice, so he is known by it.
-        self._decodes: deque[int] = deque()
+        # Oldest token first, promised requests and guests. Who stops running stays in here until
+        # his turn comes: indexes are never used twice, so he is known by it.
+        self._decodes: tuple[deque[int], deque[int]] = (deque(), deque())
+        self._num_promised_decodes = 0
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -28,6 +29,16 @@ class RunningRequests:
     def num_decodes(self) -> int:
         """Requests with nothing but their next token to compute, or with that in flight."""
         return len(self._requests) - len(self._prefills)
+
+    @property
+    def num_promised_decodes(self) -> int:
+        """Those of them whose budget is promised to be kept."""
+        return self._num_promised_decodes
+
+    @property
+    def num_prefills(self) -> int:
+        """Requests with more to compute than one token."""
+        return len(self._prefills)
 
     def get(self, request_index: int) -> Request | None:
         """The request that now runs under this index, if one does."""
@@ -45,31 +56,42 @@ class RunningRequests:
     def remove(self, request: Request) -> None:
         """A request that has finished, or has to step back."""
         del self._requests[request.request_index]
-        self._prefills.pop(request.request_index, None)
+        if self._prefills.pop(request.request_index, None) is None and request.terms.is_promised:
+            self._num_promised_decodes -= 1
 
     def end_prefill(self, request: Request) -> None:
         """All of its tokens are planned; the next one is in flight."""
         del self._prefills[request.request_index]
+        if request.terms.is_promised:
+            self._num_promised_decodes += 1
+
+    def end_promise(self, request: Request) -> None:
+        """A running request becomes a guest."""
+        if request.request_index not in self._prefills:
+            self._num_promised_decodes -= 1
 
     def push_decode(self, request: Request) -> None:
         """Its token is back; it is the youngest."""
-        self._decodes.append(request.request_index)
+        self._decodes[not request.terms.is_promised].append(request.request_index)
 
-    def pop_decode(self) -> Request | None:
-        """The decode whose token has been back for longest."""
-        while self._decodes:
-            request = self._requests.get(self._decodes.popleft())
+    def pop_decode(self, *, guest: bool) -> Request | None:
+        """The decode whose token has been back for longest, of those promised or of the guests."""
+        decodes = self._decodes[guest]
+        while decodes:
+            request = self._requests.get(decodes.popleft())
             if request is not None:
                 return request
         return None
 
-    def put_back(self, decodes: Iterable[Request]) -> None:
+    def put_back(self, decodes: Iterable[Request], *, guest: bool) -> None:
         """Decodes that were popped in this order and could not be planned."""
-        self._decodes.extendleft([request.request_index for request in decodes][::-1])
+        indexes = [request.request_index for request in decodes]
+        self._decodes[guest].extendleft(reversed(indexes))
 
     def check(self) -> None:
         """Assert that everybody is in one place, so that his turn comes."""
-        decodes = [index for index in self._decodes if index in self._requests]
+        queued = (*self._decodes[False], *self._decodes[True])
+        decodes = [index for index in queued if index in self._requests]
         awaiting = [
             index for index, request in self._requests.items() if request.is_token_in_flight
         ]
@@ -77,3 +99,6 @@ class RunningRequests:
             f"prefills {[*self._prefills]}, decodes {decodes} and awaiting {awaiting} "
             f"are not the running {[*self._requests]}"
         )
+        promised = [r for i, r in self._requests.items() if i not in self._prefills]
+        num_promised = sum(request.terms.is_promised for request in promised)
+        assert self._num_promised_decodes == num_promised, "promised decodes are miscounted"

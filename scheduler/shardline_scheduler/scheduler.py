@@ -15,19 +15,25 @@ tokens, was never told the dropped one, and draws it again, with the same seed a
 """
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import count
+from math import inf
 
+from .accuracy import StepLog
+from .budget import OnMiss
 from .config import SchedulerConfig
-from .cost import StepCost, TokenBudget
-from .errors import DuplicateRequest, QueueFull, RequestTooLong
+from .cost import StepCost, StepLoad, TokenBudget
+from .cost_model import PipeModel
+from .errors import BudgetRefused, DuplicateRequest, QueueFull, RequestTooLong
+from .keeper import BudgetKeeper, Keeper, NoBudgets
 from .memory import KvMemory
-from .outcome import outcome_of
+from .outcome import Outcomes, outcome_of
 from .outputs import RequestOutput, SchedulerStats
 from .plan import SampledToken, StepPlan, StepResult, TokenLogprobs
-from .policy import POLICIES, Policy
+from .policy import POLICIES, Key, Policy
 from .queue import WaitingQueue
-from .request import Request, RequestState
+from .request import FinishReason, Request, RequestState
 from .running import RunningRequests
 from .step import Step
 from .victims import Victims
@@ -35,14 +41,22 @@ from .victims import Victims
 
 @dataclass(slots=True, frozen=True)
 class _InFlight:
-    """What is remembered of a plan until its result comes."""
+    """What is remembered of a plan until its result comes. `is_alone` if the pipe was empty."""
 
     step_id: int
     num_samples: int
+    load: StepLoad
+    planned_at: float
+    is_alone: bool
 
 
 class Scheduler:
-    """Decides what every step computes. Time is an argument, in seconds, and never runs back."""
+    """Decides what every step computes. Time is an argument, in seconds, and never runs back.
+
+    Budgets are kept by `cost_model`, which learns from `observe`; `cost` limits steps in its place
+    where the policy keeps none. `jitter` gives numbers from 0 on, by whose part it is longer until
+    those may retry who are refused.
+    """
 
     def __init__(
         self,
@@ -50,16 +64,23 @@ class Scheduler:
         *,
         policy: Policy | None = None,
         cost: StepCost | None = None,
+        cost_model: PipeModel | None = None,
+        jitter: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.config = config
+        self.cost_model = cost_model or PipeModel.of_size(config.num_stages)
         self._policy = policy or POLICIES[config.policy]()
-        self._cost = cost or TokenBudget(config.max_num_batched_tokens)
+        self._keeper: Keeper = NoBudgets(cost or TokenBudget(config.max_num_batched_tokens))
+        if self._policy.keeps_budgets and cost is None:
+            self._keeper = BudgetKeeper(config, self._policy, self.cost_model, jitter)
         self._memory = KvMemory(config.num_blocks, config.block_size, config.enable_prefix_cache)
         self._requests: dict[str, Request] = {}
         self._waiting = WaitingQueue(self._policy)
         self._running = RunningRequests()
         self._released: list[int] = []
         self._in_flight: deque[_InFlight] = deque()
+        self._log = StepLog(self.cost_model)
+        self._outcomes = Outcomes()
         self._sequences = count()
         self._indexes = count()
         self._num_steps = 0
@@ -82,7 +103,7 @@ class Scheduler:
         return len(self._in_flight)
 
     def add(self, request: Request, now: float) -> None:
-        """Take a request in; raises DuplicateRequest, RequestTooLong or QueueFull if it cannot."""
+        """Take a request in; raises a SchedulerError if it is not."""
         self._set_time(now)
         if request.request_id in self._requests:
             raise DuplicateRequest(request.request_id)
@@ -94,6 +115,12 @@ class Scheduler:
             raise QueueFull(len(self._waiting), self.config.max_num_waiting)
         request.arrival_time = now
         request.sequence = next(self._sequences)
+        num_cached_tokens = len(self._memory.find_prefix(request)) * self.config.block_size
+        try:
+            self._keeper.admit(request, now, num_cached_tokens, self._wait_s())
+        except BudgetRefused:
+            self._outcomes.count_refused(request.budget)
+            raise
         self._requests[request.request_id] = request
         self._waiting.push(request)
 
@@ -114,14 +141,17 @@ class Scheduler:
         self._set_time(now)
         if len(self._in_flight) >= self.config.in_flight_limit:
             return None
-        step = Step(self._num_steps, self._cost, self._memory)
-        self._plan_decodes(step, now)
-        self._plan_prefills(step)
-        self._plan_waiting(step)
+        step = Step(self._num_steps, self._keeper.cost, self._memory)
+        victims = Victims(self._running, self._policy, step.step_id, now)
+        self._plan_decodes(step, victims, now)
+        self._plan_prompts(step, victims, now)
         if not len(step):
             return None
         self._num_steps += 1
-        self._in_flight.append(_InFlight(step.step_id, step.num_samples))
+        self._log.put(step.step_id, step.load)
+        self._in_flight.append(
+            _InFlight(step.step_id, step.num_samples, step.load, now, not self._in_flight)
+        )
         # Released indexes wait for a plan with work in it: they cost an idle worker little, and
         # they are at most as many as were running.
         released, self._released = self._released, []
@@ -133,6 +163,8 @@ class Scheduler:
         expected = self._in_flight.popleft()
         assert result.step_id == expected.step_id, f"{result.step_id} instead of {expected}"
         assert len(result.tokens) == expected.num_samples, f"{len(result.tokens)} for {expected}"
+        if expected.is_alone:
+            self.cost_model.observe_trip(expected.load, now - expected.planned_at)
         prompt_logprobs: dict[Request, list[TokenLogprobs]] = {}
         for piece in result.prompt_logprobs:
             request = self._running.get(piece.request_index)
@@ -148,6 +180,31 @@ class Scheduler:
             outputs.append(RequestOutput.of(request, [], [], accepted, None))
         return outputs
 
+    def observe(self, step_id: int, stage_index: int, seconds: float) -> None:
+        """What a step really took of a stage, waiting aside; planned not too long ago."""
+        self._log.observe(step_id, stage_index, seconds)
+
+    @property
+    def next_expiry(self) -> float:
+        """When `expire` may have something to tell; infinity if there is nothing to wait for."""
+        return self._keeper.next_expiry
+
+    def expire(self, now: float) -> list[RequestOutput]:
+        """End the requests whose budget is hard and cannot be kept any more; soft ones step back
+        behind everybody whose can.
+        """
+        self._set_time(now)
+        outputs = []
+        for request in self._keeper.pop_hopeless(now):
+            if request.budget.on_miss is OnMiss.DEGRADE:
+                self._degrade(request)
+                continue
+            outcome = outcome_of(request, now, is_complete=False)
+            self._remove(request)
+            self._outcomes.count(request.budget, outcome)
+            outputs.append(RequestOutput.of(request, [], [], [], FinishReason.DEADLINE, outcome))
+        return outputs
+
     def requeue_all(self, now: float) -> None:
         """All KV is lost, and every plan in flight with it: everybody computes again what he has.
 
@@ -156,8 +213,7 @@ class Scheduler:
         self._set_time(now)
         for request in list(self._running):
             self._release(request)
-            request.restart()
-            self._waiting.push(request)
+            self._restart(request)
         self._released.clear()
         self._in_flight.clear()
         self._memory.forget_prefixes()
@@ -176,12 +232,15 @@ class Scheduler:
             num_prefix_hits=memory.num_prefix_hits,
             num_steps=self._num_steps,
             num_in_flight=len(self._in_flight),
+            classes=self._outcomes.by_class(),
+            accuracy=self._log.accuracy,
         )
 
     def check(self) -> None:
         """Assert that no block leaks and no request is orphaned; linear in blocks and requests."""
         self._memory.check(self._requests.values())
         self._running.check()
+        self._keeper.check()
         waiting = list(self._waiting)
         assert len(waiting) == len(self._waiting), "the waiting queue miscounts"
         for request in waiting:
@@ -194,23 +253,50 @@ class Scheduler:
         assert now >= self._now, f"time runs back from {self._now} to {now}"
         self._now = now
 
-    def _plan_decodes(self, step: Step, now: float) -> None:
-        """Give decodes their token, oldest first.
+    def _wait_s(self) -> float:
+        """Until a newcomer's first chunk can be planned, as far as steps in flight tell."""
+        if not self._in_flight or not self.cost_model.is_ready:
+            return 0.0
+        if self.config.in_flight_limit == 1:
+            (step,) = self._in_flight
+            end = step.planned_at + self.cost_model.trip_seconds(step.load)
+            return max(0.0, end - self._now)
+        return max(self.cost_model.step_seconds(step.load) for step in self._in_flight)
+
+    def _plan_decodes(self, step: Step, victims: Victims, now: float) -> None:
+        """Give decodes their token, oldest first; those of guests if they leave time for the rest.
 
         Of R decodes at most ⌈R / in_flight_limit⌉, so that micro-batches stay even: requests that
         came together would else share one micro-batch for ever, and leave the stages before and
         after it idle.
         """
-        cap = -(-self._running.num_decodes // self.config.in_flight_limit)
-        victims = Victims(self._running, self._policy, step.step_id, now)
+        in_flight, running = self.config.in_flight_limit, self._running
+        self._take_decodes(step, victims, -(-running.num_promised_decodes // in_flight), inf)
+        cap = -(-running.num_decodes // in_flight)
+        if len(step) < cap:
+            limit_s = self._keeper.guest_limit_s(step.load, now)
+            self._take_decodes(step, victims, cap, limit_s, guest=True)
+
+    def _take_decodes(
+        self, step: Step, victims: Victims, cap: int, limit_s: float, *, guest: bool = False
+    ) -> None:
+        """Until the step has `cap` of them or takes `limit_s`."""
         passed_over: list[Request] = []
-        while len(step) < cap and (request := self._running.pop_decode()):
+        while len(step) < cap and (request := self._running.pop_decode(guest=guest)):
+            if limit_s < inf and self._seconds_with(step, request) > limit_s:
+                passed_over.append(request)
+                break
             if self._memory.lacks_block(request) and not self._make_room(request, victims):
                 passed_over.append(request)
             elif not step.schedule(request):
                 passed_over.append(request)
                 break
-        self._running.put_back(passed_over)
+        self._running.put_back(passed_over, guest=guest)
+
+    def _seconds_with(self, step: Step, decode: Request) -> float:
+        load = replace(step.load)
+        load.add(1, decode.num_computed_tokens)
+        return self.cost_model.step_seconds(load)
 
     def _make_room(self, request: Request, victims: Victims) -> bool:
         """One more block; who gets none keeps what he has and waits for another step."""
@@ -222,35 +308,66 @@ class Scheduler:
         self._memory.grow(request)
         return True
 
-    def _plan_prefills(self, step: Step) -> None:
-        for request in self._running.prefills():
+    def _plan_prompts(self, step: Step, victims: Victims, now: float) -> None:
+        """Prompts in the policy's order, those that run and those that wait alike."""
+        prefills = sorted(self._running.prefills(), key=self._order, reverse=True)
+        self._aim(step, prefills, now)
+        is_open = True
+        while prefills or (is_open and self._waiting):
+            head = self._waiting.peek() if is_open and self._waiting else None
+            if head is not None and (not prefills or self._order(head) < self._order(prefills[-1])):
+                is_open = self._admit(step, head, victims)
+                continue
+            request = prefills.pop()
+            if request.state is not RequestState.RUNNING:
+                continue  # It has just made room for another one.
             if not self._schedule_prefill(step, request):
                 break
 
-    def _plan_waiting(self, step: Step) -> None:
-        while self._waiting and len(self._running) < self.config.max_num_seqs:
-            if not self._admit(step, self._waiting.peek()):
-                break
+    def _aim(self, step: Step, prefills: list[Request], now: float) -> None:
+        num_tokens = self._waiting.num_tokens
+        num_tokens += sum(len(r.token_ids) - r.num_computed_tokens for r in prefills)
+        self._keeper.aim(step.load, now, len(prefills) + len(self._waiting), num_tokens)
 
-    def _admit(self, step: Step, request: Request) -> bool:
-        """Let the first of the queue run, if its tokens fit memory and one of them the step."""
+    def _order(self, request: Request) -> tuple[Key, int]:
+        return self._policy.key(request), request.sequence
+
+    def _admit(self, step: Step, request: Request, victims: Victims) -> bool:
+        """Let the first of the queue run, if there is a seat, its tokens fit memory and one of
+        them the step.
+        """
         if not step.can_take(0):  # Spares the look-up; the prefix that it finds has a say too.
             return False
         prefix = self._memory.find_prefix(request)
         if not step.can_take(len(prefix) * self.config.block_size):
             return False
-        # A block for each of the others, or their next tokens would throw the newcomer out again:
-        # with memory short that made a quarter of all computing replay, and so it is a hundredth.
-        if not self._memory.can_admit(request, prefix, num_spare_blocks=len(self._running)):
-            return False
+        while not self._has_place(request, prefix):
+            victim = victims.next_guest() if request.terms.is_promised else None
+            if victim is None:
+                return False
+            self._preempt(victim)
+            prefix = self._memory.find_prefix(request)
         self._waiting.pop()
         request.start(next(self._indexes), self._memory.admit(request, prefix))
         self._running.add(request)
+        self._keeper.start(request)
         step.introduce(request)
         return self._schedule_prefill(step, request)
 
+    def _has_place(self, request: Request, prefix: list[int]) -> bool:
+        """A seat, and the blocks: one for each of the others too, or their next tokens would throw
+        the newcomer out again. With memory short that made a quarter of all computing replay, and
+        so it is a hundredth.
+        """
+        num_running = len(self._running)
+        return num_running < self.config.max_num_seqs and self._memory.can_admit(
+            request, prefix, num_spare_blocks=num_running
+        )
+
     def _schedule_prefill(self, step: Step, request: Request) -> bool:
         is_scheduled = step.schedule(request)
+        if is_scheduled:
+            self._keeper.progress(request)
         if request.is_token_in_flight:
             self._running.end_prefill(request)
         return is_scheduled
@@ -267,20 +384,34 @@ class Scheduler:
         finish_reason = request.append(token.token_id, now)
         if finish_reason is None:
             self._running.push_decode(request)
+            self._keeper.take_token(request)
         else:
-            self._remove(request)
+            self._remove(request, is_complete=True)
             outcome = outcome_of(request, now, is_complete=True)
+            self._outcomes.count(request.budget, outcome)
         return RequestOutput.of(
             request, token_ids, logprobs, prompt_logprobs, finish_reason, outcome
         )
 
     def _preempt(self, request: Request) -> None:
         self._release(request)
-        request.restart()
-        self._waiting.push(request)
+        self._restart(request)
         self._num_preemptions += 1
 
-    def _remove(self, request: Request) -> None:
+    def _restart(self, request: Request) -> None:
+        request.restart()
+        self._keeper.restart(request)
+        self._waiting.push(request)
+
+    def _degrade(self, request: Request) -> None:
+        """Its budget is lost: from now on it gets what others leave over."""
+        if request.state is RequestState.RUNNING:
+            self._running.end_promise(request)
+        self._keeper.degrade(request)
+        if request.state is RequestState.WAITING:
+            self._waiting.move(request)
+
+    def _remove(self, request: Request, *, is_complete: bool = False) -> None:
         was_waiting = request.state is RequestState.WAITING
         request.state = RequestState.FINISHED
         del self._requests[request.request_id]
@@ -288,6 +419,7 @@ class Scheduler:
             self._waiting.drop(request)
         else:
             self._release(request)
+        self._keeper.remove(request, is_complete=is_complete)
 
     def _release(self, request: Request) -> None:
         """Take a running request off the workers and out of memory."""

@@ -14,7 +14,7 @@ class Step:
         self.num_samples = 0
         self._cost = cost
         self._memory = memory
-        self._load = StepLoad()
+        self.load = StepLoad()
         self._new_requests: list[NewRequest] = []
         self._scheduled: list[ScheduledRequest] = []
         self._filled: list[Request] = []
@@ -25,7 +25,7 @@ class Step:
 
     def can_take(self, context: int) -> bool:
         """Whether it affords a token of a request that has `context` tokens computed."""
-        return self._cost.affordable_tokens(self._load, context) > 0
+        return self._cost.affordable_tokens(self.load, context, 1) > 0
 
     def introduce(self, request: Request) -> None:
         """Make the request known to the workers, under its new index."""
@@ -40,11 +40,11 @@ class Step:
         """Take as much of the request as the step can afford; False if that is nothing."""
         context = request.num_computed_tokens
         num_known = len(request.token_ids)
-        num_tokens = min(num_known - context, self._cost.affordable_tokens(self._load, context))
+        num_tokens = self._cost.affordable_tokens(self.load, context, num_known - context)
         if num_tokens < 1:
             return False
         end = context + num_tokens
-        self._load.add(num_tokens, context)
+        self.load.add(num_tokens, context)
         self._scheduled.append(
             ScheduledRequest(
                 request.request_index,

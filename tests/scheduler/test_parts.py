@@ -137,9 +137,14 @@ def test_decodes_that_are_put_back_keep_their_turn():
         running.add(made)
         running.end_prefill(made)
         running.push_decode(made)
-    running.put_back([running.pop_decode(), running.pop_decode(), running.pop_decode()])
+    first_three = [running.pop_decode(guest=True) for _ in range(3)]
+    running.put_back(first_three, guest=True)
     running.remove(requests[1])
-    assert [running.pop_decode() for _ in range(4)] == [*requests[:1], *requests[2:], None]
+    assert [running.pop_decode(guest=True) for _ in range(4)] == [
+        *requests[:1],
+        *requests[2:],
+        None,
+    ]
 
 
 def test_the_load_of_a_step_tells_decodes_from_chunks():
@@ -151,7 +156,7 @@ def test_the_load_of_a_step_tells_decodes_from_chunks():
         num_prefill_tokens=4, num_decodes=1, decode_context=7, prefill_context=18
     )
     assert load.num_tokens == 5
-    assert TokenBudget(8).affordable_tokens(load, context=0) == 3
+    assert TokenBudget(8).affordable_tokens(load, context=0, num_wanted=9) == 3
 
 
 @pytest.mark.parametrize(
@@ -160,7 +165,7 @@ def test_the_load_of_a_step_tells_decodes_from_chunks():
         ({"num_blocks": 0}, "num_blocks is 0, must be at least 1"),
         ({"max_in_flight": 0}, "in_flight_limit is 0"),
         ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, "8 is below max_num_seqs 9"),
-        ({"policy": "luck"}, r"'luck' is unknown; one of \['fcfs'\]"),
+        ({"policy": "luck"}, r"'luck' is unknown; one of \['edf', 'fcfs'\]"),
     ],
 )
 def test_a_configuration_that_cannot_work_is_refused(wrong: dict[str, object], message: str):

@@ -356,10 +356,12 @@ def test_results_come_in_order_and_whole():
 
 def test_the_order_is_the_policys():
     class LastComeFirstServed:
-        def waiting_key(self, request: Request) -> tuple[float, ...]:
+        keeps_budgets = False
+
+        def key(self, request: Request) -> tuple[float, ...]:
             return (-request.arrival_time,)
 
-        def preemption_key(self, request: Request, now: float) -> tuple[float, ...]:
+        def victim_key(self, request: Request, now: float) -> tuple[float, ...]:
             return (-request.arrival_time,)
 
     config = SchedulerConfig(num_blocks=6, block_size=2, max_model_len=20, max_num_seqs=3)
@@ -379,9 +381,10 @@ def test_the_order_is_the_policys():
 class ContextIsDear:
     """Sixty-four for all tokens and their contexts; an empty step affords a token in any case."""
 
-    def affordable_tokens(self, load: StepLoad, context: int) -> int:
+    def affordable_tokens(self, load: StepLoad, context: int, num_wanted: int) -> int:
         work = load.num_tokens * 8 + load.prefill_context + load.decode_context
-        return max((64 - work) // (8 + context), 0 if load.num_tokens else 1)
+        affordable = max((64 - work) // (8 + context), 0 if load.num_tokens else 1)
+        return min(affordable, num_wanted)
 
 
 def dear_pipe() -> Pipe:

@@ -1,0 +1,225 @@
+"""Who is promised that his latency budget will be kept, decided at arrival by prediction.
+
+A request is admitted if, with it, every promise can still be kept: decodes stay within the tightest
+time per token, prefill work is done before it is due, seats and KV memory suffice at their peak.
+Guests do not count: they get what is left over.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from .budget import BudgetPrediction, OnMiss
+from .capacity import Pricing
+from .config import SchedulerConfig
+from .errors import BudgetImpossible, BudgetRefused, BudgetUnmet, TenantQuotaExceeded
+from .ledger import Ledger
+from .lengths import OutputLengths
+from .policy import Policy
+from .request import Request
+from .tenants import INPUT_WEIGHT, OUTPUT_WEIGHT, Tenants
+from .terms import Rank, Terms
+from .verdict import LEAST_WAIT_S, Arrival, Judge
+
+
+class Admission:
+    """Follows every request from arrival to end. `jitter` gives numbers from 0 on, by whose part
+    waits grow, so that those who are sent away together do not come back together.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pricing: Pricing,
+        policy: Policy,
+        jitter: Callable[[], float],
+    ) -> None:
+        self.ledger = Ledger(config.block_size)
+        self.lengths = OutputLengths()
+        self._pricing = pricing
+        self._policy = policy
+        self._jitter = jitter
+        self._judge = Judge(pricing, config.max_num_seqs, config.num_blocks)
+        self._tenants = Tenants()
+        self._charges: dict[Request, float] = {}
+        self._nothing_promised = Ledger(config.block_size)
+
+    def admit(self, request: Request, now: float, num_cached_tokens: int, wait_s: float) -> None:
+        """Give the request its terms and prediction, and count it. `wait_s` is when a first chunk
+        of it can be planned.
+
+        Raises BudgetImpossible, BudgetUnmet or TenantQuotaExceeded, unless it would rather be
+        degraded.
+        """
+        terms = request.terms = Terms(num_planned_tokens=self.lengths.planned(request))
+        is_measured = self._pricing.model.is_ready
+        first_s = token_s = 0.0
+        if is_measured:
+            num_uncached = len(request.token_ids) - num_cached_tokens
+            terms.prefill_s = self._pricing.model.prefill_seconds(num_uncached, num_cached_tokens)
+            first_s, token_s = self._predict(request, num_cached_tokens, wait_s)
+        self._tenants.ask(request.tenant, now, terms.prefill_s, terms.num_planned_tokens * token_s)
+        if not request.budget.is_unlimited:
+            terms.rank = Rank.PROMISED
+            _aim(request, first_s, token_s)
+            if is_measured:
+                self._check(self._arrival(request, now, num_cached_tokens, wait_s))
+        self._take_in(request)
+
+    def start(self, request: Request) -> None:
+        """It begins to run, with some of its prompt computed perhaps."""
+        if request.terms.is_promised:
+            self.progress(request)
+        else:
+            self._tenants.serve(request.terms.turn)
+
+    def progress(self, request: Request) -> None:
+        """A chunk of its prompt has been planned."""
+        if not request.terms.is_promised:
+            return
+        if request.is_token_in_flight:
+            self.ledger.demand.remove(request)
+        else:
+            self.ledger.demand.reduce(request, self._prefill_s(request))
+
+    def restart(self, request: Request) -> None:
+        """It has lost what was computed."""
+        if request.terms.is_promised:
+            self.ledger.compute_again(request, self._place(request), self._prefill_s)
+
+    def outgrow(self, request: Request) -> None:
+        """It has as many tokens as were planned, and goes on."""
+        request.terms.num_planned_tokens = self.lengths.planned(request)
+        if request.terms.is_promised:
+            self.ledger.replan(request)
+
+    def degrade(self, request: Request) -> None:
+        """Its budget cannot be kept: it is a guest from now on."""
+        self._end_promise(request)
+        request.terms.rank = Rank.DEGRADED
+
+    def remove(self, request: Request, *, is_complete: bool) -> None:
+        """It is over; `is_complete` if it has said all that it had to say."""
+        if request.terms.is_promised:
+            self._end_promise(request)
+        if is_complete:
+            self.lengths.observe(request)
+        spent = _cost(request.num_prompt_tokens, request.num_output_tokens)
+        self._tenants.end(request.tenant, self._charges.pop(request) - spent)
+
+    def check(self) -> None:
+        """Assert that nothing is counted that is over."""
+        self.ledger.check()
+        promised = {request for request in self._charges if request.terms.is_promised}
+        assert promised == set(self.ledger.requests), "promises to nobody, or forgotten ones"
+
+    def _predict(
+        self, request: Request, num_cached_tokens: int, wait_s: float
+    ) -> tuple[float, float]:
+        """Seconds to the first token, and of each later one; also told as the prediction."""
+        ledger, pricing, terms = self.ledger, self._pricing, request.terms
+        decodes = pricing.share_of(len(ledger) + 1, ledger.num_tokens)
+        token_s = pricing.token_s(decodes)
+        num_tokens = len(request.token_ids) - num_cached_tokens
+        longest = pricing.longest_step_s(ledger.seconds_per_token, decodes)
+        whole_s = pricing.step_s_of_prompt(decodes, num_tokens, num_cached_tokens)
+        capacity = pricing.capacity(min(longest, max(whole_s, ledger.step_s)), decodes)
+        before = ledger.demand.work_before(self._place(request)) + terms.prefill_s
+        first_s = wait_s + token_s + before / (capacity.work or capacity.step_s) * capacity.step_s
+        num_later = terms.num_planned_tokens - 1
+        request.prediction = BudgetPrediction(
+            ttft_ms=first_s * 1e3,
+            tpot_ms=token_s * 1e3,
+            e2e_ms=(first_s + num_later * token_s) * 1e3,
+        )
+        return first_s, token_s
+
+    def _arrival(
+        self, request: Request, now: float, num_cached_tokens: int, wait_s: float
+    ) -> Arrival:
+        return Arrival(
+            request=request,
+            place=self._place(request),
+            now=now,
+            num_cached_tokens=num_cached_tokens,
+            wait_s=wait_s,
+        )
+
+    def _check(self, arrival: Arrival) -> None:
+        """Hold the request against what is promised; refused or degraded, or the step time that
+        suits everybody is taken over.
+        """
+        ledger, request = self.ledger, arrival.request
+        verdict = self._judge.judge(ledger, arrival)
+        if verdict.delay_s > 0:
+            alone = self._judge.judge(self._nothing_promised, replace(arrival, wait_s=0.0))
+            if alone.delay_s > 0:
+                return self._refuse(arrival, BudgetImpossible(request.budget, request.prediction))
+            wait_s = self._retry_after(verdict.delay_s)
+            return self._refuse(arrival, BudgetUnmet(request.budget, request.prediction, wait_s))
+        reserve = self._tenants.reserve(request.tenant, arrival.now)
+        if reserve.num_requests or reserve.prefill_share:
+            careful = replace(
+                arrival, num_reserved=reserve.num_requests, reserved_share=reserve.prefill_share
+            )
+            delay_s = self._judge.judge(ledger, careful).delay_s
+            if delay_s > 0:
+                wait_s = self._retry_after(delay_s)
+                error = TenantQuotaExceeded(
+                    request.tenant, request.budget, request.prediction, wait_s
+                )
+                return self._refuse(arrival, error)
+        ledger.feasible_step_s = verdict.step_s
+
+    def _refuse(self, arrival: Arrival, error: BudgetRefused) -> None:
+        if arrival.request.budget.on_miss is OnMiss.REJECT:
+            raise error
+        arrival.request.terms.rank = Rank.DEGRADED
+
+    def _retry_after(self, delay_s: float) -> float:
+        return max(delay_s, LEAST_WAIT_S) * (1 + self._jitter())
+
+    def _take_in(self, request: Request) -> None:
+        terms = request.terms
+        cost = _cost(request.num_prompt_tokens, terms.num_planned_tokens)
+        self._charges[request] = cost
+        terms.turn = self._tenants.queue(request.tenant, cost, is_promised=terms.is_promised)
+        if terms.is_promised:
+            self.ledger.add(request, self._place(request), terms.prefill_s)
+
+    def _end_promise(self, request: Request) -> None:
+        self.ledger.remove(request)
+        self._tenants.end_promise(request.tenant)
+
+    def _prefill_s(self, request: Request) -> float:
+        model, context = self._pricing.model, request.num_computed_tokens
+        if not model.is_ready:
+            return 0.0
+        return model.prefill_seconds(len(request.token_ids) - context, context)
+
+    def _place(self, request: Request) -> tuple[tuple[float, ...], int]:
+        return self._policy.key(request), request.sequence
+
+
+def _aim(request: Request, first_s: float, token_s: float) -> None:
+    """Split the limits of a budget into a due first token and a time for each later one.
+
+    Of what a limit on the whole leaves over, prefill and decoding get half each.
+    """
+    budget, terms, now = request.budget, request.terms, request.arrival_time
+    num_later = terms.num_planned_tokens - 1
+    if budget.ttft_ms is not None:
+        terms.first_token_by = now + budget.ttft_ms / 1e3
+    if budget.tpot_ms is not None and num_later:
+        terms.seconds_per_token = budget.tpot_ms / 1e3
+    if budget.deadline_ms is not None:
+        whole_s = budget.deadline_ms / 1e3
+        spare_s = max(0.0, whole_s - first_s - num_later * token_s)
+        first_by = now + (min(whole_s, first_s + spare_s / 2) if num_later else whole_s)
+        terms.first_token_by = min(terms.first_token_by, first_by)
+        if num_later:
+            left_s = now + whole_s - terms.first_token_by
+            terms.seconds_per_token = min(terms.seconds_per_token, left_s / num_later)
+
+
+def _cost(num_input: int, num_output: int) -> float:
+    return INPUT_WEIGHT * num_input + OUTPUT_WEIGHT * num_output

@@ -1,0 +1,69 @@
+"""What the pipe can do for prompts while it keeps its decodes in time."""
+
+from dataclasses import dataclass
+
+from .cost import StepLoad
+from .cost_model import PipeModel
+from .demand import Pace
+
+# What prefill tokens are rounded to: matrix products work in tiles.
+TILE_TOKENS = 32
+# The part of a limit on the time per token that planning uses up.
+USED_PART = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """Of steps that take up to `step_s` of the slowest stage, `decodes_s` of it their decodes, so
+    that each can do `work` seconds of prefill work; 0 is none.
+    """
+
+    step_s: float
+    decodes_s: float
+    work: float
+
+
+class Pricing:
+    """Turns loads into times, for `max_in_flight` steps of `max_num_tokens` tokens each."""
+
+    def __init__(self, model: PipeModel, max_in_flight: int, max_num_tokens: int) -> None:
+        self.model = model
+        self.max_in_flight = max_in_flight
+        self.max_num_tokens = max_num_tokens
+        self.tile = TILE_TOKENS if max_num_tokens >= 8 * TILE_TOKENS else 1
+
+    def share_of(self, num_decodes: int, context: int) -> StepLoad:
+        """A step's part of that many decodes with that many tokens of context in all."""
+        in_flight = self.max_in_flight
+        return StepLoad(0, -(-num_decodes // in_flight), -(-context // in_flight), 0)
+
+    def longest_step_s(self, seconds_per_token: float, decodes: StepLoad) -> float:
+        """How long a step may take, beside its decodes, while every token comes in time."""
+        num_tokens = self.max_num_tokens - decodes.num_decodes
+        full = StepLoad(0, decodes.num_decodes, decodes.decode_context, 0)
+        full.add_prefill(num_tokens, 0)
+        per_token = USED_PART * seconds_per_token - self.model.trip_overhead_s
+        return min(per_token / self.max_in_flight, self.model.step_seconds(full))
+
+    def step_s_of_prompt(self, decodes: StepLoad, num_tokens: int, context: int) -> float:
+        """The time of a step that is sure to take so many tokens of a prompt at once."""
+        whole = StepLoad(0, decodes.num_decodes, decodes.decode_context, 0)
+        whole.add_prefill(min(num_tokens + self.tile, self.max_num_tokens), context)
+        return self.model.step_seconds(whole)
+
+    def capacity(self, step_s: float, decodes: StepLoad) -> Capacity:
+        """Of steps of that time, each with these decodes."""
+        num_tokens = self.model.tokens_within(step_s, decodes, 0) - (self.tile - 1)
+        num_tokens = min(num_tokens, self.max_num_tokens - decodes.num_decodes)
+        work = self.model.prefill_seconds(num_tokens, 0) if num_tokens > 0 else 0.0
+        return Capacity(step_s, self.model.step_seconds(decodes), work)
+
+    def pace(self, capacity: Capacity, start: float) -> Pace:
+        """How prefill work gets on from `start`, the pipe being full; there must be capacity."""
+        start += self.model.trip_overhead_s
+        return Pace(start, capacity.step_s, capacity.work, self.max_in_flight)
+
+    def token_s(self, decodes: StepLoad) -> float:
+        """The time per token of steps that only decode."""
+        model = self.model
+        return max(self.max_in_flight * model.step_seconds(decodes), model.trip_seconds(decodes))

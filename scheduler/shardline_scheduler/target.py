@@ -1,0 +1,61 @@
+"""How much a step may take on: as many tokens as one time that all steps in flight share.
+
+Unequal steps leave stages idle (a cycle of m steps takes max(Σ τ, m · max τ)), so the time moves
+slowly, and no step uses up the slack of a single request. While first tokens are promised, it is
+the time that admission found feasible; without, decodes set it.
+"""
+
+from math import inf
+
+from .capacity import Pricing
+from .cost import StepLoad
+
+# A step with decodes in it takes at most so many times what they alone take, for a prompt that
+# nobody promised anything: gaps between tokens stay even.
+_DECODES_STRETCH = 2.0
+# Many waiting prompts may stretch it more: this part of all their tokens at a time (gLLM).
+_STEPS_FOR_BACKLOG = 8
+_LARGEST_MOVE = 1.1
+
+
+class TimeTarget:
+    """A StepCost. Until the model has been measured, only the number of tokens is limited."""
+
+    def __init__(self, pricing: Pricing) -> None:
+        self.step_s = inf
+        self._pricing = pricing
+
+    def aim(self, load: StepLoad, *, longest_s: float, num_prompts: int, backlog: int) -> None:
+        """For a step that holds its decodes, when nobody's first token is promised: `num_prompts`
+        prompts of together `backlog` tokens are to be computed in steps of up to `longest_s`.
+        """
+        if not self._pricing.model.is_ready:
+            return
+        if not load.num_decodes:
+            self.step_s = longest_s
+            return
+        decodes_s = self._pricing.model.step_seconds(load)
+        wanted = _DECODES_STRETCH * decodes_s
+        if num_prompts > 1:
+            part = self._pricing.model.prefill_seconds(backlog // _STEPS_FOR_BACKLOG, 0)
+            wanted = max(wanted, decodes_s + part)
+        if self.step_s < inf:
+            least, most = self.step_s / _LARGEST_MOVE, self.step_s * _LARGEST_MOVE
+            wanted = min(max(wanted, least, decodes_s), most)
+        self.step_s = min(wanted, longest_s)
+
+    def keep(self, step_s: float) -> None:
+        """For a step while first tokens are promised, which this time was found to suit."""
+        self.step_s = step_s
+
+    def affordable_tokens(self, load: StepLoad, context: int, num_wanted: int) -> int:
+        """As many as fit the time, in whole tiles if that is not all that are wanted."""
+        pricing = self._pricing
+        most = min(num_wanted, pricing.max_num_tokens - load.num_tokens)
+        if most < 1 or not pricing.model.is_ready:
+            return most
+        num_tokens = pricing.model.tokens_within(self.step_s, load, context)
+        if num_tokens < most:
+            num_tokens -= (load.num_prefill_tokens + num_tokens) % pricing.tile
+            most = max(num_tokens, 0)
+        return most if most or load.num_tokens else min(num_wanted, pricing.tile)

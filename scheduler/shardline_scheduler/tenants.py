@@ -1,0 +1,114 @@
+"""Shares of tenants: who goes first among guests, and what a busy tenant must leave to others.
+
+Order: virtual token counters (VTC, Sheng et al. 2024). A request is charged to its tenant when it
+queues, with what it is planned to take, and that is put right when it ends. Its turn is the
+counter before; whoever returns is lifted to the turn that is being served, so that being away earns
+nothing.
+
+Room: of tenants that have more than an equal part of the promised requests, each must leave the
+others what they lately asked for, up to that equal part.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from math import exp
+
+INPUT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0
+_MEMORY_S = 30.0
+_HEADROOM = 1.5
+_LEAST_HEADROOM = 2.0
+
+
+@dataclass(slots=True)
+class _Asked:
+    """What a tenant asks for, fading: seconds of prefill, and seconds of decoding, of all."""
+
+    time: float
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+    def fade(self, now: float) -> None:
+        factor = exp((self.time - now) / _MEMORY_S)
+        self.prefill_s *= factor
+        self.decode_s *= factor
+        self.time = now
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """What is kept for others: promised requests, and a part of the time for their prompts."""
+
+    num_requests: int = 0
+    prefill_share: float = 0.0
+
+
+class Tenants:
+    """Counters by tenant. Who has nothing alive and has asked for nothing lately is forgotten."""
+
+    def __init__(self) -> None:
+        self._counters: dict[str, float] = {}
+        self._alive: Counter[str] = Counter()
+        self._promised: Counter[str] = Counter()
+        self._asked: dict[str, _Asked] = {}
+        self._turn = 0.0
+
+    def ask(self, tenant: str, now: float, prefill_s: float, decode_s: float) -> None:
+        """A request arrives, be it admitted or not; it would take that long."""
+        asked = self._asked.setdefault(tenant, _Asked(now))
+        asked.fade(now)
+        asked.prefill_s += prefill_s
+        asked.decode_s += decode_s
+
+    def queue(self, tenant: str, cost: float, *, is_promised: bool) -> float:
+        """A request is taken in; returns its turn."""
+        turn = self._counters.get(tenant, 0.0)
+        if not self._alive[tenant]:
+            turn = max(turn, self._turn)
+        self._counters[tenant] = turn + cost
+        self._alive[tenant] += 1
+        if is_promised:
+            self._promised[tenant] += 1
+        return turn
+
+    def serve(self, turn: float) -> None:
+        """A guest with this turn begins."""
+        self._turn = max(self._turn, turn)
+
+    def end(self, tenant: str, unspent: float) -> None:
+        """A request is over; `unspent` of what it was charged comes back."""
+        self._counters[tenant] -= unspent
+        self._alive[tenant] -= 1
+
+    def end_promise(self, tenant: str) -> None:
+        """A promised request is over, or not promised any more."""
+        self._promised[tenant] -= 1
+
+    def reserve(self, tenant: str, now: float) -> Reserve:
+        """What the tenant must leave to others with one more request of its own."""
+        own = self._promised[tenant] + 1
+        others = self._others(tenant, now)
+        num_active = len(others) + 1
+        total = self._promised.total() + 1
+        if not others or own * num_active <= total:
+            return Reserve()
+        equal = total / num_active
+        num_requests, share = 0.0, 0.0
+        for name, asked in others.items():
+            wanted = _HEADROOM * asked.decode_s / _MEMORY_S + _LEAST_HEADROOM
+            num_requests += max(0.0, min(wanted, equal) - self._promised[name])
+            share += min(_HEADROOM * asked.prefill_s / _MEMORY_S, 1 / num_active)
+        return Reserve(round(num_requests), share)
+
+    def _others(self, tenant: str, now: float) -> dict[str, _Asked]:
+        for name in [
+            name for name, asked in self._asked.items() if self._is_gone(name, asked, now)
+        ]:
+            del self._asked[name]
+            self._counters.pop(name, None)
+            del self._alive[name], self._promised[name]
+        for asked in self._asked.values():
+            asked.fade(now)
+        return {name: asked for name, asked in self._asked.items() if name != tenant}
+
+    def _is_gone(self, name: str, asked: _Asked, now: float) -> bool:
+        return not self._alive[name] and now - asked.time > 4 * _MEMORY_S

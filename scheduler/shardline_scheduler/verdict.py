@@ -1,0 +1,181 @@
+"""Whether one more request fits beside what is promised, and when it would. Pure questions."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from heapq import nsmallest
+from math import inf
+
+from .capacity import Capacity, Pricing
+from .cost import StepLoad
+from .demand import Newcomer, Place
+from .ledger import STEPS_PER_LIMIT, Ledger
+from .request import NEVER, Request
+
+# What a retry waits at least, where nothing tells how long something takes.
+LEAST_WAIT_S = 0.05
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arrival:
+    """A request at the door. Its first chunk can be planned in `wait_s`; `num_reserved` requests
+    and a `reserved_share` of the time have to stay free beside it.
+    """
+
+    request: Request
+    place: Place
+    now: float
+    num_cached_tokens: int
+    wait_s: float
+    num_reserved: int = 0
+    reserved_share: float = 0.0
+
+    @property
+    def num_uncached_tokens(self) -> int:
+        """Tokens that have to be computed for its first token."""
+        return len(self.request.token_ids) - self.num_cached_tokens
+
+    @property
+    def newcomer(self) -> Newcomer:
+        """Its part of the demand; due at infinity if it has no limit on its first token."""
+        terms = self.request.terms
+        return Newcomer(self.place, terms.first_token_by, terms.prefill_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`step_s` is a step time with which everybody is in time; else it would fit `delay_s` later,
+    the load being as it is.
+    """
+
+    delay_s: float
+    step_s: float = inf
+
+
+class Judge:
+    """Asks a ledger; one judgement is O(n) in what is promised, and changes nothing."""
+
+    def __init__(self, pricing: Pricing, max_num_seqs: int, num_blocks: int) -> None:
+        self._pricing = pricing
+        self._max_num_seqs = max_num_seqs
+        self._num_blocks = num_blocks
+
+    def judge(self, ledger: Ledger, arrival: Arrival) -> Verdict:
+        """Whether the request fits beside what the ledger promises."""
+        others = max(
+            self._delay_of_seats(ledger, arrival),
+            self._delay_of_decodes(ledger, arrival),
+            self._delay_of_memory(ledger, arrival),
+        )
+        if others > 0:
+            return Verdict(others)
+        return self._judge_prefill(ledger, arrival)
+
+    def decodes_with(self, ledger: Ledger, arrival: Arrival) -> StepLoad:
+        """A step's part of the decodes with the newcomer, and those that places are kept for."""
+        num_requests = len(ledger) + 1
+        context = ledger.num_tokens + ledger.final_tokens(arrival.request)
+        more = arrival.num_reserved
+        context += more * context // num_requests
+        return self._pricing.share_of(num_requests + more, context)
+
+    def _seconds_per_token(self, ledger: Ledger, arrival: Arrival) -> float:
+        return min(ledger.seconds_per_token, arrival.request.terms.seconds_per_token)
+
+    def _delay_of_seats(self, ledger: Ledger, arrival: Arrival) -> float:
+        num_too_many = len(ledger) + 1 + arrival.num_reserved - self._max_num_seqs
+        return self._until_ended(ledger, num_too_many) if num_too_many > 0 else 0.0
+
+    def _delay_of_decodes(self, ledger: Ledger, arrival: Arrival) -> float:
+        """Until decodes are few enough to be quick, with time left for a tile of prompts."""
+        limit = self._seconds_per_token(ledger, arrival)
+        if limit == inf:
+            return 0.0
+        decodes = self.decodes_with(ledger, arrival)
+        if self._leaves_time(limit, decodes):
+            return 0.0
+        few, many = 0, len(ledger) + 1 + arrival.num_reserved
+        context_each = decodes.decode_context // max(1, decodes.num_decodes)
+        while few + 1 < many:
+            middle = (few + many) // 2
+            if self._leaves_time(limit, self._pricing.share_of(middle, middle * context_each)):
+                few = middle
+            else:
+                many = middle
+        return self._until_ended(ledger, len(ledger) + 1 + arrival.num_reserved - few)
+
+    def _leaves_time(self, seconds_per_token: float, decodes: StepLoad) -> bool:
+        step_s = self._pricing.longest_step_s(seconds_per_token, decodes)
+        return step_s > 0 and self._pricing.capacity(step_s, decodes).work > 0
+
+    def _delay_of_memory(self, ledger: Ledger, arrival: Arrival) -> float:
+        """Until memory suffices for all promised requests at their peak."""
+        missing = ledger.num_blocks + ledger.final_blocks(arrival.request) - self._num_blocks
+        if missing > 0:
+            missing -= ledger.num_blocks - ledger.peak_blocks()
+        if missing <= 0 or not len(ledger):  # Alone it fits, or is too long for any budget.
+            return 0.0
+        pace, delay_s = self._slow_token_s(ledger), 0.0
+        for request in sorted(ledger.requests, key=lambda request: _end_s(request, pace)):
+            if missing <= 0:
+                break
+            missing -= ledger.final_blocks(request)
+            delay_s = _end_s(request, pace)
+        return delay_s
+
+    def _judge_prefill(self, ledger: Ledger, arrival: Arrival) -> Verdict:
+        """Until the prompt is done in time, and nobody else's is late for it."""
+        delay_s = inf
+        newcomer = arrival.newcomer
+        for capacity in self._capacities(ledger, arrival):
+            if capacity.work <= 0:
+                continue
+            pace = self._pricing.pace(capacity, arrival.now + arrival.wait_s)
+            has_limit = newcomer.due < inf
+            if ledger.demand.least_slack(pace, newcomer if has_limit else None) >= 0:
+                return Verdict(0.0, capacity.step_s)
+            if has_limit:
+                delay_s = min(delay_s, ledger.demand.delay_until_fit(pace, newcomer))
+            else:
+                delay_s = min(delay_s, ledger.demand.work / pace.share)
+        return Verdict(self._until_ended(ledger, 1) if delay_s == inf else max(delay_s, 1e-3))
+
+    def _capacities(self, ledger: Ledger, arrival: Arrival) -> Iterator[Capacity]:
+        """With step times worth trying: as now, the whole prompt at once, finer ones."""
+        pricing, decodes = self._pricing, self.decodes_with(ledger, arrival)
+        limit = self._seconds_per_token(ledger, arrival)
+        longest = pricing.longest_step_s(limit, decodes)
+        num_tokens, context = arrival.num_uncached_tokens, arrival.num_cached_tokens
+        first_s = arrival.newcomer.due - arrival.now
+        wanted = {
+            min(longest, ledger.step_s): None,
+            min(longest, pricing.step_s_of_prompt(decodes, num_tokens, context)): None,
+            min(longest, first_s / (STEPS_PER_LIMIT * pricing.max_in_flight)): None,
+        }
+        for step_s in wanted:
+            capacity = pricing.capacity(step_s, decodes)
+            yield Capacity(
+                step_s, capacity.decodes_s, capacity.work - arrival.reserved_share * step_s
+            )
+
+    def _until_ended(self, ledger: Ledger, num_requests: int) -> float:
+        """Until so many of the promised requests have ended."""
+        pace = self._slow_token_s(ledger)
+        ends = nsmallest(num_requests, (_end_s(request, pace) for request in ledger.requests))
+        return ends[-1] if ends else LEAST_WAIT_S
+
+    def _slow_token_s(self, ledger: Ledger) -> float:
+        """The slowest that tokens come to those who are promised something."""
+        decodes = self._pricing.share_of(max(1, len(ledger)), ledger.num_tokens)
+        step_s = self._pricing.longest_step_s(ledger.seconds_per_token, decodes)
+        step_s = max(min(step_s, ledger.step_s), self._pricing.model.step_seconds(decodes))
+        return self._pricing.max_in_flight * step_s + self._pricing.model.trip_overhead_s
+
+
+def _end_s(request: Request, token_s: float) -> float:
+    """In how many seconds a promised request is over, if each token takes `token_s`."""
+    terms = request.terms
+    num_left = max(1, terms.num_planned_tokens - request.num_output_tokens)
+    waits_s = 0.0
+    if request.first_token_time == NEVER and terms.first_token_by < inf:
+        waits_s = max(0.0, terms.first_token_by - request.arrival_time)
+    return waits_s + num_left * min(token_s, terms.seconds_per_token)
