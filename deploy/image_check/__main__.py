@@ -11,6 +11,7 @@ from pathlib import Path
 
 from deploy.image_check.build import Builder
 from deploy.image_check.check import CheckFailed, check_image
+from deploy.image_check.container import ContainerEnded
 from deploy.image_check.dockerfile import DockerfileError, read_instructions
 from deploy.image_check.machine import read_machine
 
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder = Path(tempfile.mkdtemp(prefix="shardline-image-", dir=options.folder))
     try:
         _check(folder, {"TORCH": "cpu"} | dict(options.build_args))
-    except (DockerfileError, CheckFailed, subprocess.CalledProcessError) as error:
+    except (DockerfileError, CheckFailed, ContainerEnded, subprocess.CalledProcessError) as error:
         print(f"image-check failed: {error}", file=sys.stderr)
         return 1
     finally:

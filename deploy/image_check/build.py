@@ -147,7 +147,7 @@ class Builder:
             raise instruction.error(f"ended with status {status}")
         for _, target in mounts:
             (stage.root / target.relative_to("/")).unlink()
-        shutil.rmtree(stage.root / MOUNTED_AT.relative_to("/"))
+        shutil.rmtree(stage.root / MOUNTED_AT.relative_to("/"), ignore_errors=True)
 
     def _secret(self, instruction: Instruction, text: str) -> tuple[Path, Path]:
         given = dict(part.split("=", 1) for part in text.split(","))

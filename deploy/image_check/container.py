@@ -76,6 +76,10 @@ class Container:
                 inside.touch()
 
 
+class ContainerEnded(Exception):
+    """Nothing runs in the container any more."""
+
+
 @dataclass(slots=True)
 class Running:
     """A container that runs, or has run."""
@@ -86,11 +90,13 @@ class Running:
 
     @property
     def first_pid(self) -> int:
-        """The process, as seen from here, that is number 1 inside."""
+        """The process, as seen from here, that is number 1 inside. Raises ContainerEnded."""
         if self._first_pid is None:
             own = self.process.pid
             children: list[str] = []
             while not children:  # unshare is about to fork
+                if (status := self.process.poll()) is not None:
+                    raise ContainerEnded(f"the container ended with status {status}")
                 children = Path(f"/proc/{own}/task/{own}/children").read_text().split()
             self._first_pid = int(children[0])
         return self._first_pid
