@@ -6,10 +6,11 @@ from contextlib import aclosing
 from typing import Any, TypeAlias
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc.aio import ServicerContext
 
 from shardline_server.api_keys import TENANT_HEADER, ApiKeys, bearer_token
-from shardline_server.errors import ShardlineError
+from shardline_server.errors import InvalidRequest, ShardlineError
 from shardline_server.grpc_api.details import trailing_metadata
 
 logger = logging.getLogger("shardline.frontend")
@@ -37,39 +38,45 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if handler is None or not handler_call_details.method.startswith(self._prefix):
             return handler
         metadata = dict(handler_call_details.invocation_metadata or ())
+        # Requests are parsed in here: grpc would answer bytes that it cannot parse with UNKNOWN.
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                self._streaming(handler.unary_stream, metadata),
-                handler.request_deserializer,
-                handler.response_serializer,
+                self._streaming(handler, metadata), None, handler.response_serializer
             )
         return grpc.unary_unary_rpc_method_handler(
-            self._unary(handler.unary_unary, metadata),
-            handler.request_deserializer,
-            handler.response_serializer,
+            self._unary(handler, metadata), None, handler.response_serializer
         )
 
-    def _unary(self, behaviour: Any, metadata: Metadata) -> Any:
-        async def guarded(request: Any, context: Context) -> Any:
+    def _unary(self, handler: Any, metadata: Metadata) -> Any:
+        async def guarded(payload: bytes, context: Context) -> Any:
             try:
                 tenant_of(self._keys, metadata)
-                return await behaviour(request, context)
+                return await handler.unary_unary(_parsed(handler, payload), context)
             except Exception as error:
                 await _abort(context, error)
 
         return guarded
 
-    def _streaming(self, behaviour: Any, metadata: Metadata) -> Any:
-        async def guarded(request: Any, context: Context) -> None:
+    def _streaming(self, handler: Any, metadata: Metadata) -> Any:
+        async def guarded(payload: bytes, context: Context) -> None:
             try:
                 tenant_of(self._keys, metadata)
-                async with aclosing(behaviour(request, context)) as responses:
+                request = _parsed(handler, payload)
+                async with aclosing(handler.unary_stream(request, context)) as responses:
                     async for response in responses:
                         await context.write(response)
             except Exception as error:
                 await _abort(context, error)
 
         return guarded
+
+
+def _parsed(handler: Any, payload: bytes) -> Any:
+    """The request message; raises InvalidRequest."""
+    try:
+        return handler.request_deserializer(payload)
+    except DecodeError as error:
+        raise InvalidRequest(f"The request's bytes are no message of its type: {error}.") from error
 
 
 def tenant_of(keys: ApiKeys, metadata: Metadata) -> str:
