@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from shardline_scheduler.plan import StageTiming, StepPlan, StepResult
 from shardline_shards.layout import ParallelLayout, Place
+from shardline_shards.partition import LayerTimes
 
 
 class WorkerConfig(Struct, frozen=True, kw_only=True):
@@ -42,6 +43,25 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     free_memory_share: float = 0.0
     num_threads: int = 1
     cpu_ids: tuple[int, ...] = ()
+
+
+class ProfileConfig(Struct, frozen=True, kw_only=True):
+    """What to measure the parts of a model with, on the cores of one worker; sent as JSON."""
+
+    parent_pid: int
+    model_path: str
+    dtype: str
+    device: str
+    tp: int
+    num_threads: int
+    cpu_ids: tuple[int, ...] = ()
+
+
+class ProfileOutcome(Struct, frozen=True):
+    """The one line on standard output of who measured: times, or why there are none."""
+
+    times: LayerTimes | None
+    problem: str | None = None
 
 
 class Joined(Struct, frozen=True, array_like=True, tag=True):

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from shardline_shards.attention import KVShape
 from shardline_shards.batch import StepBatch
 from shardline_shards.errors import UnsupportedModel
+from shardline_shards.layout import deal_heads
 from shardline_shards.parallel_layers import SkippedLayer
 from shardline_shards.stage_model import StageModel, decoder_layers
 
@@ -36,6 +38,18 @@ class Stage:
     def dtype(self) -> torch.dtype:
         """Dtype of the weights and of the hidden states."""
         return self._model.dtype
+
+    def kv_shape(self, block_size: int, tp: int, tp_rank: int) -> KVShape:
+        """What one layer's KV memory looks like on a rank: it holds some of the KV heads."""
+        config = self.config
+        num_query = config.num_attention_heads
+        num_kv = getattr(config, "num_key_value_heads", None) or num_query
+        return KVShape(
+            block_size=block_size,
+            num_kv_heads=len(deal_heads(num_query, num_kv, tp)[tp_rank].kv_heads),
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_query,
+            dtype=self.dtype,
+        )
 
     @torch.inference_mode()
     def run(self, batch: StepBatch, hidden: Tensor | None) -> Tensor:

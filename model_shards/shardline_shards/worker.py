@@ -28,7 +28,6 @@ from shardline_shards.checkpoint import LoadReport, load_dummy, load_weights
 from shardline_shards.distributed import Communicators, host_store
 from shardline_shards.errors import LostPeer, ShardError, UnsupportedModel
 from shardline_shards.host_memory import available_memory
-from shardline_shards.layout import deal_heads
 from shardline_shards.messages import (
     Allocate,
     Failed,
@@ -231,17 +230,8 @@ class Worker:
         self.requests.apply(StepPlan(-1, [-1], [], []))
 
     def _kv_shape(self) -> KVShape:
-        model_config, config = self.stage.config, self.config
-        num_query = model_config.num_attention_heads
-        num_kv = getattr(model_config, "num_key_value_heads", None) or num_query
-        shares = deal_heads(num_query, num_kv, config.layout.tp)
-        head_dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // num_query
-        return KVShape(
-            block_size=config.block_size,
-            num_kv_heads=len(shares[config.place.tp_rank].kv_heads),
-            head_dim=head_dim,
-            dtype=self.stage.dtype,
-        )
+        config = self.config
+        return self.stage.kv_shape(config.block_size, config.layout.tp, config.place.tp_rank)
 
     def _next_message(self) -> ToWorker:
         """Wait for it; the timings of the last steps are not kept back meanwhile."""

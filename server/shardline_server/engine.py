@@ -49,6 +49,7 @@ from shardline_server.messages import (
 )
 from shardline_server.pipe_accounting import PipeAccounting
 from shardline_server.recovery import Recovery
+from shardline_server.stage_watch import StageWatch
 from shardline_server.timing import TimingListener
 from shardline_server.worker_group import WorkerFailed, WorkerGroup, WorkerLost
 from shardline_shards.messages import StageReport
@@ -163,7 +164,7 @@ class Engine:
                 enable_prefix_cache=config.enable_prefix_caching,
             )
         )
-        self.pipe = PipeAccounting(config.layout.pp, time.monotonic())
+        self.pipe, self._stage_watch = self._start_accounting(self.workers.config)
         self.timing_listeners.append(self.pipe)
         self._ready = EngineReady(
             min(config.max_model_len, self.scheduler.config.max_request_tokens),
@@ -179,6 +180,15 @@ class Engine:
         self._poller.register(self.workers.socket, zmq.POLLIN)
         self._poller.register(self._exits.fileno(), zmq.POLLIN)
         _calm_garbage_collector()
+
+    @staticmethod
+    def _start_accounting(config: EngineConfig) -> tuple[PipeAccounting, StageWatch | None]:
+        """Stages are held against what they were cut for, where that is known."""
+        pp, times, cut = config.layout.pp, config.layer_times, config.layout.stage_layers
+        if pp == 1 or times is None:
+            return PipeAccounting(pp, time.monotonic()), None
+        pipe = PipeAccounting(pp, time.monotonic(), times.stage_times(cut))
+        return pipe, StageWatch(times, cut)
 
     def run(self) -> NoReturn:
         """Serve until an exception ends it: WorkerFailed, or Leaving."""
@@ -209,7 +219,10 @@ class Engine:
         """Now and then: are all workers alive, and is every block accounted for when idle?"""
         self._exits.clear()
         self.workers.check()
-        self.frontends.send_all(self.pipe.stats(time.monotonic()))
+        pipe_stats = self.pipe.stats(time.monotonic())
+        self.frontends.send_all(pipe_stats)
+        if self._stage_watch is not None:
+            self._stage_watch.look(pipe_stats)
         if not self.scheduler.has_work and not self._is_idle_and_checked:
             self.scheduler.check()
             self._is_idle_and_checked = True

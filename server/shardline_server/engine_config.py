@@ -3,6 +3,7 @@
 from msgspec import Struct
 
 from shardline_shards.layout import ParallelLayout
+from shardline_shards.partition import LayerTimes
 
 
 class BoardAddress(Struct, frozen=True, kw_only=True):
@@ -41,7 +42,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
 
     `host` is the address that the engine and this node's workers bind to. None for
     `kv_memory_bytes` (per worker) and `num_kv_blocks` means: as much as is free; for
-    `threads_per_worker`: the node's cores, dealt out.
+    `threads_per_worker`: the node's cores, dealt out; for `layer_times`: nothing is known
+    of what layers take.
     """
 
     parent_pid: int
@@ -64,6 +66,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     threads_per_worker: int | None
     log_level: str
     nodes: NodesConfig | None = None
+    layer_times: LayerTimes | None = None
 
 
 class EngineAddress(Struct, frozen=True):

@@ -10,27 +10,41 @@ import msgspec
 from shardline_server.child import start_child_process, stop_child_processes
 from shardline_server.engine_config import EngineAddress, EngineConfig
 from shardline_server.errors import ConfigError
+from shardline_server.layer_profile import find_layer_times
 from shardline_server.model_facts import ModelFacts, read_model_facts
 from shardline_server.node_launchers import Launch
 from shardline_server.node_plan import plan_head
 from shardline_server.settings import ServeSettings
 from shardline_shards.layout import ParallelLayout, check_stages, even_stages
+from shardline_shards.partition import LayerTimes, cut_stages
 
 
-def plan_layout(settings: ServeSettings, facts: ModelFacts) -> ParallelLayout:
-    """How the model is spread. Raises ConfigError if it cannot be, with the numbers."""
+def check_split(settings: ServeSettings, facts: ModelFacts) -> None:
+    """Raises ConfigError, with the numbers, if the model cannot be spread as asked."""
     if settings.tp > facts.num_query_heads:
         raise ConfigError(
             f"--tp {settings.tp} is more than the model's {facts.num_query_heads} query heads"
         )
     if settings.pp > facts.num_layers:
         raise ConfigError(f"--pp {settings.pp} is more than the model's {facts.num_layers} layers")
-    stage_layers = settings.stage_layers or even_stages(facts.num_layers, settings.pp)
+    if settings.stage_layers is None:
+        return
     try:
-        check_stages(stage_layers, facts.num_layers)
+        check_stages(settings.stage_layers, facts.num_layers)
     except ValueError as error:
         raise ConfigError(f"--stage-layers: {error}") from error
-    return ParallelLayout(tp=settings.tp, stage_layers=stage_layers)
+
+
+def plan_layout(
+    settings: ServeSettings, facts: ModelFacts, times: LayerTimes | None
+) -> ParallelLayout:
+    """How the model is spread: stages as asked, else by what layers take, else evenly."""
+    stage_layers = settings.stage_layers
+    if stage_layers is None and times is not None:
+        stage_layers = cut_stages(times, settings.pp)
+    return ParallelLayout(
+        tp=settings.tp, stage_layers=stage_layers or even_stages(facts.num_layers, settings.pp)
+    )
 
 
 def plan_engine(
@@ -43,18 +57,21 @@ def plan_engine(
             f"--max-model-len {settings.max_model_len} is more than the {facts.max_model_len} "
             "tokens that the model was made for"
         )
-    layout = plan_layout(settings, facts)
+    check_split(settings, facts)
     host, nodes = plan_head(settings, launch)
     _check_is_ours(host)
-    device = choose_device(settings.device, layout.world_size)
-    auto_dtype = facts.dtype or "bfloat16"
+    device = choose_device(settings.device, settings.tp * settings.pp)
+    dtype = (facts.dtype or "bfloat16") if settings.dtype == "auto" else settings.dtype
+    num_local = -(-settings.tp * settings.pp // (nodes.num_nodes if nodes else 1))
+    times = find_layer_times(settings, model_path, dtype, device, num_local)
+    layout = plan_layout(settings, facts, times)
     return EngineConfig(
         parent_pid=os.getpid(),
         host=host,
         model_path=str(model_path),
         load_format=settings.load_format,
         layout=layout,
-        dtype=auto_dtype if settings.dtype == "auto" else settings.dtype,
+        dtype=dtype,
         device=device,
         seed=settings.seed,
         vocab_size=facts.vocab_size,
@@ -69,6 +86,7 @@ def plan_engine(
         threads_per_worker=settings.threads_per_worker,
         log_level=settings.log_level,
         nodes=nodes,
+        layer_times=times,
     )
 
 

@@ -35,7 +35,7 @@ class LocalWorkers:
 
     def start(self, configs: Sequence[WorkerConfig], threads_per_worker: int | None) -> None:
         """Start one process for each config; cores and free memory are dealt out among them."""
-        for config, cpu_ids in zip(configs, _deal_cores(len(configs)), strict=True):
+        for config, cpu_ids in zip(configs, deal_cores(len(configs)), strict=True):
             is_cuda = config.device == "cuda"
             share = _CUDA_MEMORY_SHARE if is_cuda else _CPU_MEMORY_SHARE / len(configs)
             self._configs[config.place] = msgspec.structs.replace(
@@ -77,11 +77,11 @@ class LocalWorkers:
         self._processes[config.place] = start_child_process(
             "shardline_shards.worker_process",
             config,
-            environment=_thread_environment(config.num_threads),
+            environment=thread_environment(config.num_threads),
         )
 
 
-def _thread_environment(num_threads: int) -> dict[str, str]:
+def thread_environment(num_threads: int) -> dict[str, str]:
     """Variables that the OpenMP library reads when it is loaded.
 
     By default its idle threads spin. Engine and front end need those cores: with one more busy
@@ -93,7 +93,7 @@ def _thread_environment(num_threads: int) -> dict[str, str]:
     }
 
 
-def _deal_cores(num_workers: int) -> list[tuple[int, ...]]:
+def deal_cores(num_workers: int) -> list[tuple[int, ...]]:
     """This node's cores, dealt out; nobody is pinned where there are fewer cores than workers."""
     if not hasattr(os, "sched_getaffinity"):
         return [()] * num_workers

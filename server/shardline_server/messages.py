@@ -94,16 +94,20 @@ class StageStats(Struct, frozen=True):
     """What a stage's time has gone to since the start, and how long a step took of it lately.
 
     `seconds` has an entry for each `TimePart`; they sum to the wall. `step_s` leaves waiting out.
+    `predicted_s` is this stage's part, as predicted when layers were dealt out, of what all stages
+    together took; None where nothing was predicted.
     """
 
     seconds: dict[str, float]
     step_s: float
+    predicted_s: float | None = None
 
 
 class PipeStats(Struct, frozen=True, tag=True):
     """Where the pipe's time goes, told twice a second; see `pipe_accounting` for the imbalances."""
 
     wall_s: float
+    num_steps: int
     batch_imbalance: float
     stage_imbalance: float
     stages: list[StageStats]

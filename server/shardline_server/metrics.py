@@ -126,6 +126,11 @@ def _pipe_metrics(model_name: str, pipe: PipeStats) -> Iterator[Metric]:
         "What a step took of a stage lately.",
         labels=["model_name", "stage"],
     )
+    predicted = GaugeMetricFamily(
+        "shardline:stage_predicted_step_seconds",
+        "This stage's part of a step of all stages, as predicted when layers were dealt out.",
+        labels=["model_name", "stage"],
+    )
     seconds = CounterMetricFamily(
         "shardline:stage_time_seconds",
         "What a stage's time goes to; its parts sum to the wall.",
@@ -133,9 +138,11 @@ def _pipe_metrics(model_name: str, pipe: PipeStats) -> Iterator[Metric]:
     )
     for stage_index, stage in enumerate(pipe.stages):
         steps.add_metric([model_name, str(stage_index)], stage.step_s)
+        if stage.predicted_s is not None:
+            predicted.add_metric([model_name, str(stage_index)], stage.predicted_s)
         for part, value in stage.seconds.items():
             seconds.add_metric([model_name, str(stage_index), part], value)
-    yield from (steps, seconds)
+    yield from (steps, predicted, seconds)
 
 
 class ChoiceTimer:

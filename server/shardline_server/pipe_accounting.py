@@ -39,8 +39,11 @@ class _StageAccount:
 class PipeAccounting:
     """Splits each stage's wall time, step by step; gauges of imbalance beside it."""
 
-    def __init__(self, num_stages: int, now: float) -> None:
+    def __init__(
+        self, num_stages: int, now: float, predicted_s: Sequence[float] | None = None
+    ) -> None:
         self._started_at = now
+        self._predicted_s = predicted_s
         self._timeline = EngineTimeline(now)
         self._stages = [_StageAccount(now) for _ in range(num_stages)]
         self._steps: dict[int, _Step] = {}
@@ -90,15 +93,26 @@ class PipeAccounting:
     def stats(self, now: float) -> PipeStats:
         """Totals until now; steps that are not fully reported yet count from when they are."""
         until = min((step.submitted_at for step in self._steps.values()), default=now)
+        step_s = self.balance.step_s
         return PipeStats(
             wall_s=now - self._started_at,
+            num_steps=self.balance.num_steps,
             batch_imbalance=self.balance.batch_imbalance,
             stage_imbalance=self.balance.stage_imbalance,
             stages=[
-                self._stage_stats(stage, step_s, until)
-                for stage, step_s in zip(self._stages, self.balance.step_s, strict=True)
+                StageStats(self._seconds(stage, until), step_s[index], predicted_s)
+                for index, (stage, predicted_s) in enumerate(
+                    zip(self._stages, self._scale_prediction(step_s), strict=True)
+                )
             ],
         )
+
+    def _scale_prediction(self, step_s: Sequence[float]) -> Sequence[float | None]:
+        """The prediction was for a usual step; what compares is each stage's part of all."""
+        if self._predicted_s is None:
+            return [None] * len(step_s)
+        scale = sum(step_s) / sum(self._predicted_s)
+        return [seconds * scale for seconds in self._predicted_s]
 
     def _drop_lost_steps(self, step_id: int) -> None:
         """A worker that died takes its reports with it; the gap is accounted for as waiting."""
@@ -131,11 +145,11 @@ class PipeAccounting:
             TimePart.COMMUNICATION, max(0.0, planned_at - max(left_at, account.accounted_until))
         )
 
-    def _stage_stats(self, account: _StageAccount, step_s: float, until: float) -> StageStats:
-        seconds = dict(account.seconds)
+    def _seconds(self, account: _StageAccount, until: float) -> dict[str, float]:
+        seconds = {part.value: value for part, value in account.seconds.items()}
         for part, more in self._timeline.split(account.accounted_until, until):
-            seconds[part] += more
-        return StageStats({part.value: value for part, value in seconds.items()}, step_s)
+            seconds[part.value] += more
+        return seconds
 
 
 class Balance:
@@ -148,7 +162,8 @@ class Balance:
 
     def __init__(self, num_stages: int) -> None:
         self._decay = 1 - 1 / _MEMORY_STEPS
-        self._num_steps = 0.0
+        self.num_steps = 0
+        self._weight = 0.0
         self._busy_s = [0.0] * num_stages
         self._cycle: deque[float] = deque(maxlen=num_stages)
         self._cycle_used_s = 0.0
@@ -157,7 +172,8 @@ class Balance:
     def add(self, busy_s: Sequence[float]) -> None:
         """One step, by stage."""
         decay = self._decay
-        self._num_steps = self._num_steps * decay + 1
+        self.num_steps += 1
+        self._weight = self._weight * decay + 1
         self._busy_s = [
             total * decay + new for total, new in zip(self._busy_s, busy_s, strict=True)
         ]
@@ -168,7 +184,7 @@ class Balance:
     @property
     def step_s(self) -> list[float]:
         """The mean time that a step takes of each stage."""
-        return [total / max(1.0, self._num_steps) for total in self._busy_s]
+        return [total / max(1.0, self._weight) for total in self._busy_s]
 
     @property
     def batch_imbalance(self) -> float:

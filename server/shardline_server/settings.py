@@ -97,7 +97,7 @@ class ServeSettings(BaseSettings):
     )
     stage_layers: Annotated[
         tuple[Count, ...] | None, *CommaSeparated, Flag("Splitting", "N,N,…")
-    ] = Field(None, description="layers of each stage, as 20,10 [default: even]")
+    ] = Field(None, description="layers of each stage, as 20,10 [default: by what they take]")
     device: Annotated[Literal["auto", "cpu", "cuda"], Flag("Splitting")] = Field(
         "auto", description="auto takes CUDA where there is a GPU for every worker"
     )

@@ -186,14 +186,17 @@ def test_models_version_load_and_docs(http):
 def test_where_the_pipes_time_goes(own_http, own_peer):
     assert own_http.get("/load").json()["pipe"] is None
     parts = {"compute": 3.0, "communication": 0.5, "starved": 0.25, "scheduler": 0.25, "idle": 4.0}
-    own_peer.send(PipeStats(8.0, 0.125, 0.25, [StageStats(parts, 0.0625)]))
+    own_peer.send(PipeStats(8.0, 40, 0.125, 0.25, [StageStats(parts, 0.0625, 0.05)]))
     own_http.post("/v1/completions", json={"prompt": "the fox", "max_tokens": 1})
-    assert own_http.get("/load").json()["pipe"]["stages"] == [{"seconds": parts, "step_s": 0.0625}]
+    assert own_http.get("/load").json()["pipe"]["stages"] == [
+        {"seconds": parts, "step_s": 0.0625, "predicted_s": 0.05}
+    ]
     text = own_http.get("/metrics").text
     for line in (
         'shardline:pipe_batch_imbalance{model_name="tiny"} 0.125',
         'shardline:pipe_stage_imbalance{model_name="tiny"} 0.25',
         'shardline:stage_step_seconds{model_name="tiny",stage="0"} 0.0625',
+        'shardline:stage_predicted_step_seconds{model_name="tiny",stage="0"} 0.05',
         'shardline:stage_time_seconds_total{model_name="tiny",part="starved",stage="0"} 0.25',
         'shardline:stage_time_seconds_total{model_name="tiny",part="idle",stage="0"} 4.0',
     ):

@@ -138,6 +138,15 @@ def test_parts_sum_to_the_wall(
         assert sum(account.seconds.values()) == pytest.approx(stats.wall_s, abs=unknown_s)
 
 
+def test_the_prediction_is_scaled_to_what_all_stages_took() -> None:
+    accounting = PipeAccounting(2, START, predicted_s=[3.0, 1.0])
+    accounting.submitted(0, START)
+    accounting.observe(StageTiming(0, 0, START, 0.0, 0.0, 0.0, 5.0, 0.0))
+    accounting.observe(StageTiming(1, 0, START, 0.0, 0.0, 5.0, 3.0, 0.0))
+    stages = accounting.stats(START + 8.0).stages
+    assert [(stage.step_s, stage.predicted_s) for stage in stages] == [(5.0, 6.0), (3.0, 2.0)]
+
+
 def test_steps_of_a_lost_pipe_become_waiting() -> None:
     pipe = VirtualPipe(1, [0.0])
     pipe.run([1.0, 1.0], max_in_flight=1)
