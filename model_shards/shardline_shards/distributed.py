@@ -83,7 +83,11 @@ class Communicators:
         self.form(store)
 
     def form(self, store: Store) -> None:
-        """Meet all other ranks at `store`. Raises LostPeer if one of them goes meanwhile."""
+        """Meet all other ranks at `store`. Raises LostPeer if one of them goes meanwhile.
+
+        Every connection is made here: gloo joins all ranks of a group when it is formed, NCCL does
+        if it is told the device, and splits the first communicator for the others.
+        """
         with _losing("the process groups cannot be formed"):
             dist.init_process_group(
                 self._backend,
@@ -91,6 +95,7 @@ class Communicators:
                 rank=self.layout.rank(self.place),
                 world_size=self.layout.world_size,
                 timeout=_FORM_TIMEOUT,
+                device_id=self.device if self._backend == "nccl" else None,
             )
             self._form_stages()
             self._form_borders()

@@ -15,8 +15,12 @@ def model_fingerprint(folder: Path) -> str:
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(_HEADER_LENGTH_BYTES), "little")
-            header = file.read(min(length, _LONGEST_HEADER_BYTES))
-        digest.update(f"{path.name}:{path.stat().st_size}:".encode() + header)
+        digest.update(f"{path.name}:{path.stat().st_size}:".encode() + read_header(path))
     return digest.hexdigest()[:16]
+
+
+def read_header(path: Path) -> bytes:
+    """The header of a safetensors file: JSON, if the file is whole."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_HEADER_LENGTH_BYTES), "little")
+        return file.read(min(length, _LONGEST_HEADER_BYTES))

@@ -25,7 +25,8 @@ class NodesConfig(Struct, frozen=True, kw_only=True):
     """A launch over several nodes, by hand or by a `launcher`.
 
     `model` is what the operator typed: each node resolves it. `agreed` are the settings, by name,
-    in which nodes that a launcher has started must not differ.
+    in which nodes that a launcher has started must not differ. `num_places` are the workers that
+    each node may run (None: as many as it has GPUs, on CPUs any number).
     """
 
     num_nodes: int
@@ -35,12 +36,15 @@ class NodesConfig(Struct, frozen=True, kw_only=True):
     agreed: dict[str, str]
     join_timeout_s: int
     launcher: str | None
+    num_places: tuple[int, ...] | None
+    may_cross_nodes: bool
 
 
 class EngineConfig(Struct, frozen=True, kw_only=True):
     """Sent as JSON on the engine's standard input.
 
-    `host` is the address that the engine and this node's workers bind to. None for
+    `host` is the address that the engine and this node's workers bind to. The layers of `layout`
+    may still move between stages, by what nodes can hold, unless it `has_fixed_stages`. None for
     `kv_memory_bytes` (per worker) and `num_kv_blocks` means: as much as is free; for
     `threads_per_worker`: the node's cores, dealt out; for `layer_times`: nothing is known
     of what layers take.
@@ -51,6 +55,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     model_path: str
     load_format: str
     layout: ParallelLayout
+    has_fixed_stages: bool
     dtype: str
     device: str
     seed: int

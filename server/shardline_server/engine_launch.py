@@ -12,6 +12,7 @@ from shardline_server.engine_config import EngineAddress, EngineConfig
 from shardline_server.errors import ConfigError
 from shardline_server.layer_profile import find_layer_times
 from shardline_server.model_facts import ModelFacts, read_model_facts
+from shardline_server.node_capacity import count_gpus
 from shardline_server.node_launchers import Launch
 from shardline_server.node_plan import plan_head
 from shardline_server.settings import ServeSettings
@@ -60,7 +61,7 @@ def plan_engine(
     check_split(settings, facts)
     host, nodes = plan_head(settings, launch)
     _check_is_ours(host)
-    device = choose_device(settings.device, settings.tp * settings.pp)
+    device = choose_device(settings.device, settings.tp * settings.pp if nodes is None else 1)
     dtype = (facts.dtype or "bfloat16") if settings.dtype == "auto" else settings.dtype
     num_local = -(-settings.tp * settings.pp // (nodes.num_nodes if nodes else 1))
     times = find_layer_times(settings, model_path, dtype, device, num_local)
@@ -71,6 +72,7 @@ def plan_engine(
         model_path=str(model_path),
         load_format=settings.load_format,
         layout=layout,
+        has_fixed_stages=settings.stage_layers is not None,
         dtype=dtype,
         device=device,
         seed=settings.seed,
@@ -109,8 +111,8 @@ def choose_block_size(wanted: int | None, device: str) -> int:
 
 
 def choose_device(wanted: str, num_workers: int) -> str:
-    """`auto` takes CUDA if the driver shows a GPU for every worker; torch would take seconds."""
-    num_gpus = len([path for path in Path("/dev").glob("nvidia*") if path.name[6:].isdigit()])
+    """`auto` takes CUDA if there is a GPU for every worker that this node certainly runs."""
+    num_gpus = count_gpus()
     if wanted == "auto":
         return "cuda" if num_gpus >= num_workers else "cpu"
     if wanted == "cuda" and num_gpus < num_workers:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from shardline_server.engine_config import EngineConfig, NodesConfig
 from shardline_server.errors import ConfigError
+from shardline_server.node_capacity import own_capacity
 from shardline_server.node_watch import NodeWatch
+from shardline_server.placement import Capacity, Placement
 from shardline_server.rendezvous import (
     Assignment,
     Job,
@@ -15,41 +17,63 @@ from shardline_server.rendezvous import (
     open_board,
     own_versions,
 )
+from shardline_server.worker_placement import describe_crossing, place_on
 from shardline_shards.fingerprint import model_fingerprint
-from shardline_shards.layout import ParallelLayout, deal
 from shardline_shards.messages import WorkerConfig
 
 logger = logging.getLogger("shardline.engine")
 
 
 class Head:
-    """Gathers the nodes of a launch and deals stages to them, node by node."""
+    """Gathers the nodes of a launch and deals workers to them, node by node."""
 
     def __init__(self, config: EngineConfig, nodes: NodesConfig) -> None:
         self._config = config
         self._nodes = nodes
         self.watch = NodeWatch(config.host)
         self._board: NoteBoard | None = None
+        self._come: list[NodeFacts] = []
 
-    def assign(self, workers: list[WorkerConfig]) -> list[WorkerConfig]:
-        """Wait for every node and give each its workers; returns those of the head itself.
+    def place(self) -> Placement:
+        """Wait for every node, and decide who runs what.
 
         Raises ConfigError, also to the nodes, if one is missing or does not fit.
         """
-        nodes = self._nodes
-        self._board = board = open_board(nodes.board, nodes.secret)
+        self._board = board = open_board(self._nodes.board, self._nodes.secret)
         board.put("job", self._job())
         try:
-            facts = self._gather(board)
+            self._come = self._gather(board)
+            return self._place(self._come)
         except ConfigError as error:
             self._send_away(board, str(error))
             raise
-        self.watch.expect([node.name for node in facts])
-        stages = stages_of_nodes(self._config.layout, nodes.num_nodes)
-        for number in range(1, nodes.num_nodes):
-            own = [worker for worker in workers if worker.place.stage_index in stages[number]]
-            board.put(f"assignment/{number}", self._assignment(own))
-        return [worker for worker in workers if worker.place.stage_index in stages[0]]
+
+    def assign(self, placement: Placement, workers: list[WorkerConfig]) -> list[WorkerConfig]:
+        """Give each node its part of all workers, in the order of ranks; returns the head's own."""
+        assert self._board is not None
+        self.watch.expect([node.name for node in self._come])
+        for number, ranks in enumerate(placement.ranks[1:], start=1):
+            own = [workers[rank] for rank in ranks]
+            self._board.put(f"assignment/{number}", self._assignment(own))
+        return [workers[rank] for rank in placement.ranks[0]]
+
+    def _place(self, come: list[NodeFacts]) -> Placement:
+        nodes = [own_capacity(self._config.device), *(node.capacity for node in come)]
+        self._check_gpus(nodes)
+        placement = place_on(self._config, nodes)
+        round_trip_s = max(node.round_trip_s for node in come)
+        if warning := describe_crossing(self._config, placement, round_trip_s):
+            logger.warning(warning)
+        return placement
+
+    def _check_gpus(self, nodes: list[Capacity]) -> None:
+        for number, (node, wanted) in enumerate(
+            zip(nodes, self._nodes.num_places or (), strict=False)
+        ):
+            if node.is_cuda and node.num_devices < wanted:
+                raise ConfigError(
+                    f"--node-gpus gives node {number} {wanted} GPUs and it has {node.num_devices}"
+                )
 
     def _job(self) -> Job:
         return Job(
@@ -57,6 +81,7 @@ class Head:
             versions=own_versions(),
             model=self._nodes.model,
             agreed=self._nodes.agreed,
+            device=self._config.device,
             needs_weights=self._config.load_format != "dummy",
             fingerprint=model_fingerprint(Path(self._config.model_path)),
         )
@@ -68,7 +93,12 @@ class Head:
             facts = board.take(f"node/{number}", NodeFacts, deadline, lambda: self._missing(come))
             if facts.problem is not None:
                 raise ConfigError(f"node {facts.name} does not fit: {facts.problem}")
-            logger.info("node %s has joined", facts.name)
+            logger.info(
+                "node %s has joined: %s, round trip %.2f ms",
+                facts.name,
+                facts.capacity,
+                facts.round_trip_s * 1e3,
+            )
             come.append(facts)
         return come
 
@@ -90,8 +120,3 @@ class Head:
             threads_per_worker=self._config.threads_per_worker,
             watch_address=self.watch.address,
         )
-
-
-def stages_of_nodes(layout: ParallelLayout, num_nodes: int) -> list[range]:
-    """Neighbouring stages for each node, so that as few borders as can be cross nodes."""
-    return deal(layout.pp, num_nodes)

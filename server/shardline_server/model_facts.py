@@ -15,6 +15,7 @@ class ModelFacts:
 
     num_layers: int
     num_query_heads: int
+    hidden_size: int
     vocab_size: int
     max_model_len: int
     dtype: str | None
@@ -27,7 +28,10 @@ def read_model_facts(folder: Path) -> ModelFacts:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
-    keys = ("num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
+    keys = (
+        *("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"),
+        "max_position_embeddings",
+    )
     missing = [key for key in keys if not isinstance(config.get(key), int)]
     if missing:
         raise ConfigError(
@@ -38,6 +42,7 @@ def read_model_facts(folder: Path) -> ModelFacts:
     return ModelFacts(
         num_layers=config["num_hidden_layers"],
         num_query_heads=config["num_attention_heads"],
+        hidden_size=config["hidden_size"],
         vocab_size=config["vocab_size"],
         max_model_len=config["max_position_embeddings"],
         dtype=dtype if dtype in _DTYPES else None,

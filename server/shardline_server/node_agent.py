@@ -11,7 +11,9 @@ import msgspec
 from shardline_server.engine_config import BoardAddress
 from shardline_server.errors import ConfigError
 from shardline_server.local_workers import LocalWorkers
+from shardline_server.node_capacity import own_capacity
 from shardline_server.node_watch import SILENCE_LIMIT_S, HeadWatch
+from shardline_server.placement import Capacity
 from shardline_server.rendezvous import (
     Assignment,
     Job,
@@ -98,11 +100,18 @@ def _join(settings: NodeSettings) -> tuple[str, Assignment]:
     name = f"{number} ({node_name()}, {address})"
     try:
         _check_agreed(job, settings)
+        capacity = _own_capacity(job.device)
         model_path = _find_model(job, settings)
     except (ConfigError, ShardError) as error:
         board.put(f"node/{number}", NodeFacts(name=name, address=address, problem=str(error)))
         raise
-    board.put(f"node/{number}", NodeFacts(name=name, address=address))
+    facts = NodeFacts(
+        name=name,
+        address=address,
+        capacity=capacity,
+        round_trip_s=board.measure_round_trip(),
+    )
+    board.put(f"node/{number}", facts)
     assignment = _take_assignment(board, number, deadline, settings)
     return name, _localized(assignment, model_path, address)
 
@@ -124,6 +133,13 @@ def _check_agreed(job: Job, settings: NodeSettings) -> None:
                 f"{name} is {value} here and {job.agreed[name]} on the head; "
                 "start all nodes with the same settings"
             )
+
+
+def _own_capacity(device: str) -> Capacity:
+    capacity = own_capacity(device)
+    if not capacity.num_devices:
+        raise ConfigError("the head serves on CUDA and this node has no GPU; --device cpu on both")
+    return capacity
 
 
 def _take_assignment(

@@ -9,11 +9,16 @@ from shardline_server.engine_config import BoardAddress, NodesConfig
 from shardline_server.errors import ConfigError
 from shardline_server.node_agent import NodeSettings
 from shardline_server.node_launchers import Launch
+from shardline_server.placement import Capacity, PlacementRules, place_workers
 from shardline_server.rendezvous import own_address, parse_board
 from shardline_server.settings import ServeSettings
+from shardline_shards.layout import ParallelLayout
 
 # What the operator types once for each node where a launcher starts the same command on all.
-_AGREED = ("tp", "pp", "stage_layers", "dtype", "device", "load_format", "seed")
+_AGREED = (
+    *("tp", "pp", "stage_layers", "dtype", "device", "load_format", "seed"),
+    *("node_gpus", "allow_tp_across_nodes"),
+)
 
 
 def plan_head(settings: ServeSettings, launch: Launch | None) -> tuple[str, NodesConfig | None]:
@@ -21,8 +26,9 @@ def plan_head(settings: ServeSettings, launch: Launch | None) -> tuple[str, Node
     num_nodes = _count_nodes(settings, launch)
     own = _chosen_address(settings)
     if num_nodes == 1:
+        _check_alone(settings)
         return own or "127.0.0.1", None
-    _check_stages(num_nodes, settings.pp)
+    _check_places(num_nodes, settings)
     board = _find_board(settings, launch)
     nodes = NodesConfig(
         num_nodes=num_nodes,
@@ -32,13 +38,15 @@ def plan_head(settings: ServeSettings, launch: Launch | None) -> tuple[str, Node
         agreed=_agreed(settings),
         join_timeout_s=settings.join_timeout,
         launcher=launch.launcher if launch else None,
+        num_places=settings.node_gpus,
+        may_cross_nodes=settings.allow_tp_across_nodes,
     )
     return own or own_address(board.host, board.port), nodes
 
 
 def plan_node(settings: ServeSettings, launch: Launch) -> NodeSettings:
     """What this process does as another node than the head. Raises ConfigError."""
-    _check_stages(_count_nodes(settings, launch), settings.pp)
+    _check_places(_count_nodes(settings, launch), settings)
     return NodeSettings(
         board=_find_board(settings, launch),
         secret=_find_secret(settings, launch),
@@ -77,22 +85,31 @@ def _count_nodes(settings: ServeSettings, launch: Launch | None) -> int:
         )
     else:
         num_nodes = launch.num_nodes
-    if num_nodes == 1 and settings.rendezvous is not None:
-        raise ConfigError("--rendezvous is where other nodes come to; say how many by --nodes")
     return num_nodes
 
 
-def _check_stages(num_nodes: int, pp: int) -> None:
-    if num_nodes > pp:
-        raise ConfigError(
-            f"{num_nodes} nodes need as many stages and pp is {pp}: stages go over nodes "
-            f"and shards stay inside one; --pp {num_nodes} would fit"
-        )
+def _check_alone(settings: ServeSettings) -> None:
+    for name in ("rendezvous", "node_gpus", "allow_tp_across_nodes"):
+        if getattr(settings, name):
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option} is about several nodes; say how many by --nodes")
+
+
+def _check_places(num_nodes: int, settings: ServeSettings) -> None:
+    """Whether the nodes can hold the stages, as far as it is known before they have come."""
+    places = settings.node_gpus or (1,) * num_nodes
+    if len(places) != num_nodes:
+        raise ConfigError(f"--node-gpus names {len(places)} nodes and there are {num_nodes}")
+    rules = PlacementRules(
+        num_places=settings.node_gpus, may_cross_nodes=settings.allow_tp_across_nodes
+    )
+    nodes = [Capacity(is_cuda=False, num_devices=count) for count in places]
+    place_workers(ParallelLayout(tp=settings.tp, stage_layers=(1,) * settings.pp), nodes, rules)
 
 
 def _find_board(settings: ServeSettings, launch: Launch | None) -> BoardAddress:
     if settings.rendezvous is not None:
-        return parse_board(settings.rendezvous)
+        return parse_board(settings.rendezvous, _chosen_address(settings))
     if launch is not None:
         return launch.board
     raise ConfigError(

@@ -10,6 +10,7 @@ import os
 import platform
 import socket
 import time
+import timeit
 from collections.abc import Callable
 from datetime import timedelta
 from importlib import metadata
@@ -20,6 +21,7 @@ from msgspec import Struct
 
 from shardline_server.engine_config import BoardAddress
 from shardline_server.errors import ConfigError
+from shardline_server.placement import Capacity
 from shardline_shards.messages import WorkerConfig
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 _Note = TypeVar("_Note", bound=Struct)
 _SLICE_S = 1.0
+_NUM_PINGS = 10
 _NUM_ENDS = 2  # the store wants a number, and does not wait for it
 
 
@@ -37,16 +40,22 @@ class Job(Struct, frozen=True, kw_only=True):
     versions: dict[str, str]
     model: str
     agreed: dict[str, str]
+    device: str
     needs_weights: bool
     fingerprint: str
 
 
 class NodeFacts(Struct, frozen=True, kw_only=True):
-    """A node that has come. With a `problem` it cannot take part, and says why."""
+    """A node that has come, with what it has and how far away it is.
+
+    With a `problem` it cannot take part, and says why.
+    """
 
     name: str
     address: str
     problem: str | None = None
+    capacity: Capacity = Capacity(is_cuda=False, num_devices=0)
+    round_trip_s: float = 0.0
 
 
 class Assignment(Struct, frozen=True, kw_only=True):
@@ -94,6 +103,10 @@ class NoteBoard:
     def claim(self, number: int) -> bool:
         """Whether this is the first node of that number."""
         return int(self._store.add(f"claims/{number}", 1)) == 1
+
+    def measure_round_trip(self) -> float:
+        """Seconds to the head and back, the best of a few."""
+        return min(timeit.repeat(lambda: self._store.add("pings", 1), number=1, repeat=_NUM_PINGS))
 
     def _is_there(self, key: str) -> bool:
         from torch.distributed import DistStoreError
@@ -169,9 +182,10 @@ def node_name() -> str:
     return platform.node() or "node"
 
 
-def parse_board(address: str) -> BoardAddress:
-    """The board at `HOST:PORT`. Raises ConfigError."""
+def parse_board(address: str, own_host: str | None = None) -> BoardAddress:
+    """The board at `HOST:PORT`, or for one's own host at `:PORT`. Raises ConfigError."""
     host, _, port = address.rpartition(":")
+    host = host or own_host or ""
     if not host or not port.isdigit():
         raise ConfigError(f"{address!r} is not HOST:PORT, such as 10.0.0.1:29500")
     return BoardAddress(host=host, port=int(port))

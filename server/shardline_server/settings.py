@@ -119,10 +119,21 @@ class ServeSettings(BaseSettings):
         "[default: 1, or as many as torchrun or srun has started]",
     )
     rendezvous: Annotated[str | None, Flag("Several nodes", "HOST:PORT")] = Field(
-        None, description="an address of this node, where the others find it"
+        None,
+        description="an address of this node, where the others find it; with --iface :PORT will do",
     )
     secret: Annotated[SecretStr | None, Flag("Several nodes", "TEXT")] = Field(
         None, description="what nodes must know to join; better SHARDLINE_SECRET [default: drawn]"
+    )
+    node_gpus: Annotated[
+        tuple[Count, ...] | None, *CommaSeparated, Flag("Several nodes", "N,N,…")
+    ] = Field(
+        None,
+        description="workers that each node may run, the head's first, as 8,4 "
+        "[default: as many as it has GPUs, on CPUs any number]",
+    )
+    allow_tp_across_nodes: Annotated[bool, Flag("Several nodes")] = Field(
+        False, description="let the shards of a stage lie on several nodes, which is slow"
     )
     join_timeout: Annotated[Count, Flag("Several nodes", "SECONDS")] = Field(
         300, description="how long to wait for the other nodes"

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 
+import msgspec
 import zmq
 
 from shardline_scheduler.plan import StepPlan, StepResult
@@ -12,6 +13,7 @@ from shardline_server.engine_config import EngineConfig
 from shardline_server.errors import ConfigError
 from shardline_server.head import Head
 from shardline_server.local_workers import Death, LocalWorkers
+from shardline_server.worker_placement import place_alone
 from shardline_shards.layout import Place
 from shardline_shards.messages import (
     Allocate,
@@ -85,11 +87,7 @@ class WorkerGroup:
 
         Raises WorkerFailed.
         """
-        places = self.config.layout.places()
-        configs = [self._worker_config(place) for place in places]
-        if self._head is not None:
-            configs = self._assign(self._head, configs)
-        self._local.start(configs, self.config.threads_per_worker)
+        self._local.start(self._place(), self.config.threads_per_worker)
         self._bring_together()
         assert self._num_blocks is not None
         return self._num_blocks
@@ -147,11 +145,16 @@ class WorkerGroup:
         self._local.kill()
         self.socket.close(linger=0)
 
-    def _assign(self, head: Head, configs: list[WorkerConfig]) -> list[WorkerConfig]:
+    def _place(self) -> list[WorkerConfig]:
+        """This node's workers, after every node got its own; layers go where memory is."""
+        head = self._head
         try:
-            return head.assign(configs)
+            placement = place_alone(self.config) if head is None else head.place()
         except ConfigError as error:
             raise WorkerFailed(str(error), is_refusal=True) from error
+        self.config = msgspec.structs.replace(self.config, layout=placement.layout)
+        workers = [self._worker_config(place) for place in placement.layout.places()]
+        return workers if head is None else head.assign(placement, workers)
 
     def _dismiss_nodes(self) -> None:
         if self._head is not None:

@@ -2,13 +2,18 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from tests.server import slow_wire
+
 HEAD_ADDRESS = "10.77.0.1"
 NODE_ADDRESS = "10.77.0.2"
-DOOR_ADDRESS = "10.78.0.2"  # the head's second address, which the tests' own namespace reaches
+# The head's second address, which the tests' own namespace reaches; runs beside each other differ.
+_DOOR_NET = f"10.78.{os.getpid() % 256}"
+DOOR_ADDRESS = f"{_DOOR_NET}.2"
 
 
 def ip(*arguments: str) -> None:
@@ -35,18 +40,56 @@ class Hosts:
         finally:
             ip("-n", self.head, "link", "set", "wire0", "up")
 
-    def narrow(self) -> None:
-        """From now on 1 Mbit/s each way."""
-        shape = ("tbf", "rate", "1mbit", "burst", "4kb", "latency", "1s")
-        for namespace, device in ((self.head, "wire0"), (self.node, "wire1")):
-            command = ("tc", "qdisc", "replace", "dev", device, "root", *shape)
-            subprocess.run(self.inside(namespace, *command), check=True)
+    def listening(self, namespace: str) -> set[str]:
+        """The addresses at which anything in a namespace accepts TCP connections."""
+        command = self.inside(namespace, "ss", "--tcp", "--listening", "--numeric", "--no-header")
+        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        addresses = [line.split()[3].rpartition(":")[0] for line in lines.splitlines()]
+        return {address.strip("[]").removeprefix("::ffff:") for address in addresses}
 
-    def widen(self) -> None:
-        """As fast as it goes."""
-        for namespace, device in ((self.head, "wire0"), (self.node, "wire1")):
-            command = ("tc", "qdisc", "delete", "dev", device, "root")
-            subprocess.run(self.inside(namespace, *command), check=True)
+    def connections(self, namespace: str) -> set[tuple[str, str]]:
+        """Both ends of each TCP connection over the wire, or inside a host at its address there."""
+        command = self.inside(namespace, "ss", "--tcp", "--numeric", "--no-header")
+        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        pairs = [line.split()[3:5] for line in lines.splitlines() if line.startswith("ESTAB")]
+        return {(own, peer) for own, peer in pairs if "10.77.0." in own}
+
+    @contextmanager
+    def slow(self) -> Iterator[None]:
+        """For a while 5 ms and 100 Mbit/s each way, by netem where the kernel has it."""
+        devices = ((self.head, "wire0"), (self.node, "wire1"))
+        shapes = [self._shape(*device, "delay", "5ms", "rate", "100mbit") for device in devices]
+        if any(shapes):
+            with self._relayed():
+                yield
+            return
+        try:
+            yield
+        finally:
+            for namespace, device in devices:
+                subprocess.run(["tc", "-n", namespace, "qdisc", "del", "dev", device, "root"])
+
+    @staticmethod
+    def _shape(namespace: str, device: str, *netem: str) -> int:
+        command = ["tc", "-n", namespace, "qdisc", "add", "dev", device, "root", "netem", *netem]
+        return subprocess.run(command, stderr=subprocess.DEVNULL).returncode
+
+    @contextmanager
+    def _relayed(self) -> Iterator[None]:
+        """Routes between the hosts lead over the devices of a relay, and vanish with it."""
+        ends = ((self.head, "slow0", NODE_ADDRESS), (self.node, "slow1", HEAD_ADDRESS))
+        command = [sys.executable, slow_wire.__file__, *ends[0][:2], *ends[1][:2]]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as relay:
+            try:
+                assert relay.stdout is not None
+                assert relay.stdout.readline() == "ready\n"
+                for namespace, device, other in ends:
+                    ip("-n", namespace, "link", "set", device, "up")
+                    source = HEAD_ADDRESS if other == NODE_ADDRESS else NODE_ADDRESS
+                    ip("-n", namespace, "route", "add", other, "dev", device, "src", source)
+                yield
+            finally:
+                relay.kill()
 
 
 @contextmanager
@@ -67,7 +110,7 @@ def two_hosts() -> Iterator[Hosts]:
             ip("-n", namespace, "link", "set", device, "up")
         door = f"sl{os.getpid()}"
         ip("link", "add", door, "type", "veth", "peer", "name", "door0", "netns", hosts.head)
-        ip("address", "add", "10.78.0.1/24", "dev", door)
+        ip("address", "add", f"{_DOOR_NET}.1/24", "dev", door)
         ip("link", "set", door, "up")
         ip("-n", hosts.head, "address", "add", f"{DOOR_ADDRESS}/24", "dev", "door0")
         ip("-n", hosts.head, "link", "set", "door0", "up")

@@ -146,7 +146,7 @@ def test_nodes_that_were_started_with_other_settings(hosts: Hosts, tiny_model: P
     ("options", "reason"),
     [
         (("--nodes", "3"), "--nodes is 3 and srun has started 2"),
-        (("--pp", "1"), "2 nodes need as many stages and pp is 1"),
+        (("--pp", "1"), "--pp 1 --tp 1 do not fit 2 nodes"),
     ],
 )
 def test_a_launch_that_cannot_be_meant(options, reason, tiny_model, monkeypatch) -> None:

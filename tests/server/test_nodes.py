@@ -1,12 +1,15 @@
 """One model over two hosts, each a network namespace with an address of its own. Needs root."""
 
 import json
+import re
 import signal
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-from tests.server.namespaces import Hosts
+from tests.server.namespaces import DOOR_ADDRESS, HEAD_ADDRESS, NODE_ADDRESS, Hosts
 from tests.server.two_nodes import (
     RENDEZVOUS,
     generate,
@@ -15,8 +18,6 @@ from tests.server.two_nodes import (
     start_head,
     start_node,
 )
-
-from shardline_shards.layout import ParallelLayout
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -33,12 +34,13 @@ def test_two_nodes_say_what_one_process_says_and_leave_together(
 def test_a_slow_wire_changes_no_token(
     hosts: Hosts, tiny_model: Path, tokens_of_one_process: list[list[int]]
 ) -> None:
-    hosts.narrow()
-    try:
-        with launched(hosts, tiny_model, "--pp", "2") as (_, _, url):
-            assert generate(url) == tokens_of_one_process
-    finally:
-        hosts.widen()
+    with hosts.slow(), launched(hosts, tiny_model, "--pp", "2") as (head, _, url):
+        assert generate(url) == tokens_of_one_process
+        assert head.stderr is not None
+        joined = next(line for line in head.stderr if "node 1" in line)
+    round_trip = re.search(r"round trip ([\d.]+) ms", joined)
+    assert round_trip is not None
+    assert float(round_trip[1]) >= 10
 
 
 def test_a_lost_node_is_named_and_its_head_says_so(hosts: Hosts, tiny_model: Path) -> None:
@@ -91,26 +93,66 @@ def test_no_head(hosts: Hosts) -> None:
     assert f"no head answers at {RENDEZVOUS}" in line
 
 
-def test_one_node_too_many(hosts: Hosts, tiny_model: Path) -> None:
-    with launched(hosts, tiny_model, "--pp", "2"):
-        assert "this one is too many" in refused(start_node(hosts))
-
-
 def test_fewer_stages_than_nodes(hosts: Hosts, tiny_model: Path) -> None:
     line = refused(start_head(hosts, tiny_model, "--pp", "1"))
-    assert "2 nodes need as many stages and pp is 1" in line
+    assert "--pp 1 --tp 1 do not fit 2 nodes" in line
     assert "--pp 2 would fit" in line
 
 
-def test_a_taken_rendezvous_port(hosts: Hosts, tiny_model: Path) -> None:
-    with launched(hosts, tiny_model, "--pp", "2"):
-        assert f"--rendezvous {RENDEZVOUS} cannot be opened" in refused(
-            start_head(hosts, tiny_model, "--pp", "2")
-        )
+def test_shards_over_two_nodes_say_the_same_and_their_cost_is_told(
+    hosts: Hosts, tiny_model: Path, tokens_of_one_process: list[list[int]]
+) -> None:
+    crossing = ("--tp", "2", "--allow-tp-across-nodes")
+    with launched(hosts, tiny_model, *crossing) as (head, _, url):
+        assert generate(url) == tokens_of_one_process
+        head.send_signal(signal.SIGTERM)
+        _, log = head.communicate(timeout=20)
+    # 2 of 3 layers, 36 values of 4 bytes, one other rank
+    warning = "shards of stage 0 lie on several nodes: each token costs every rank 0.8 KiB in 6 rou"
+    assert warning in log
 
 
-def test_stages_are_dealt_node_by_node() -> None:
-    layout = ParallelLayout(tp=2, stage_layers=(1, 1, 1))
-    from shardline_server.head import stages_of_nodes
+@pytest.fixture(scope="module")
+def uneven(hosts: Hosts, tiny_model: Path) -> Iterator[tuple[subprocess.Popen, str]]:
+    """A launch that goes on during several tests: one stage on the head, two on the other node."""
+    options = ("--pp", "3", "--node-gpus", "1,2")
+    with launched(hosts, tiny_model, *options, port=29600) as (_, node, url):
+        yield node, url
 
-    assert stages_of_nodes(layout, 2) == [range(0, 2), range(2, 3)]
+
+def test_nodes_run_as_many_workers_as_they_may(
+    uneven: tuple[subprocess.Popen, str], tokens_of_one_process: list[list[int]]
+) -> None:
+    node, url = uneven
+    assert generate(url) == tokens_of_one_process
+    assert node.stderr is not None
+    joined = next(line for line in node.stderr if "joined as 1" in line)
+    assert "runs stage 1, tp rank 0, stage 2, tp rank 0" in joined
+
+
+def test_no_connection_between_workers_waits_for_the_first_request(
+    hosts: Hosts, uneven: tuple[subprocess.Popen, str]
+) -> None:
+    before = [hosts.connections(namespace) for namespace in (hosts.head, hosts.node)]
+    generate(uneven[1])
+    assert [hosts.connections(namespace) for namespace in (hosts.head, hosts.node)] == before
+
+
+def test_one_node_too_many(hosts: Hosts, uneven: tuple[subprocess.Popen, str]) -> None:
+    assert "this one is too many" in refused(start_node(hosts, port=29600))
+
+
+def test_a_taken_rendezvous_port(
+    hosts: Hosts, tiny_model: Path, uneven: tuple[subprocess.Popen, str]
+) -> None:
+    line = refused(start_head(hosts, tiny_model, "--pp", "2", port=29600))
+    assert f"--rendezvous {HEAD_ADDRESS}:29600 cannot be opened" in line
+
+
+def test_every_process_listens_at_its_nodes_address_and_no_other(
+    hosts: Hosts, uneven: tuple[subprocess.Popen, str]
+) -> None:
+    """Doors are at the address that --host names."""
+    at_head, at_node = hosts.listening(hosts.head), hosts.listening(hosts.node)
+    assert at_head == {HEAD_ADDRESS, DOOR_ADDRESS}
+    assert at_node == {NODE_ADDRESS}

@@ -2,23 +2,24 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
 from tests.server.namespaces import DOOR_ADDRESS, HEAD_ADDRESS, Hosts
 from tests.server.test_serve import read_url
 
-RENDEZVOUS = f"{HEAD_ADDRESS}:29500"
+PORT = 29500
+RENDEZVOUS = f"{HEAD_ADDRESS}:{PORT}"
 SECRET = "a secret of the tests"
 PYTHON = [sys.executable, "-m", "shardline_server"]
 HEAD_OPTIONS = (
     *("--host", DOOR_ADDRESS, "--port", "0", "--grpc-port", "0"),
     *("--dtype", "float32", "--threads-per-worker", "1"),
 )
-BY_HAND = ("--nodes", "2", "--rendezvous", RENDEZVOUS)
 
 
 def start(
@@ -30,40 +31,51 @@ def start(
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"SHARDLINE_SECRET": secret} | variables,
+        start_new_session=True,
     )
 
 
 def start_alone(model: Path) -> subprocess.Popen:
     command = [*PYTHON, "serve", str(model), "--port", "0", "--grpc-port", "0"]
     return subprocess.Popen(
-        [*command, "--dtype", "float32"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "--dtype", "float32"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
-def start_head(hosts: Hosts, model: Path, *options: str) -> subprocess.Popen:
-    command = [*PYTHON, "serve", str(model), *HEAD_OPTIONS, *BY_HAND, *options]
+def start_head(hosts: Hosts, model: Path, *options: str, port: int = PORT) -> subprocess.Popen:
+    nodes = ("--nodes", "2", "--iface", "wire0", "--rendezvous", f":{port}")
+    command = [*PYTHON, "serve", str(model), *HEAD_OPTIONS, *nodes, *options]
     return start(hosts, hosts.head, *command)
 
 
-def start_node(hosts: Hosts, *options: str, secret: str = SECRET) -> subprocess.Popen:
-    command = [*PYTHON, "worker", "--join", RENDEZVOUS, *options]
+def start_node(
+    hosts: Hosts, *options: str, secret: str = SECRET, port: int = PORT
+) -> subprocess.Popen:
+    where = ("--join", f"{HEAD_ADDRESS}:{port}", "--iface", "wire1")
+    command = [*PYTHON, "worker", *where, *options]
     return start(hosts, hosts.node, *command, secret=secret)
 
 
 @contextmanager
 def ended(*processes: subprocess.Popen):
-    """See to it that none of these is left behind."""
+    """See to it that none of these is left behind, nor what a launcher among them has started."""
     try:
         yield processes
     finally:
         for process in processes:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
 
 
 @contextmanager
-def launched(hosts: Hosts, model: Path, *options: str):
-    with ended(start_head(hosts, model, *options), start_node(hosts)) as (head, node):
+def launched(hosts: Hosts, model: Path, *options: str, port: int = PORT):
+    head = start_head(hosts, model, *options, port=port)
+    with ended(head, start_node(hosts, port=port)) as (head, node):
         yield head, node, read_url_after_join_line(head)
 
 
@@ -72,7 +84,7 @@ def read_url_after_join_line(head: subprocess.Popen) -> str:
     lines = []
     for line in head.stdout:
         lines.append(line)
-        if f"--join {RENDEZVOUS}" in line:
+        if f"--join {HEAD_ADDRESS}:" in line:
             break
     assert any("SHARDLINE_SECRET=" in line for line in lines), lines
     return read_url(head)
