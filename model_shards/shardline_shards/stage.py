@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 from shardline_shards.attention import KVShape
 from shardline_shards.batch import StepBatch
 from shardline_shards.errors import UnsupportedModel
+from shardline_shards.fused import fuse
 from shardline_shards.layout import deal_heads
 from shardline_shards.parallel_layers import SkippedLayer
 from shardline_shards.stage_model import StageModel, decoder_layers
@@ -15,14 +16,20 @@ from shardline_shards.stage_model import StageModel, decoder_layers
 class Stage:
     """Runs a stage's layers over one step."""
 
-    def __init__(self, stage_model: StageModel, device: torch.device) -> None:
+    @torch.inference_mode()
+    def __init__(
+        self, stage_model: StageModel, device: torch.device, *, allow_fused: bool = True
+    ) -> None:
+        """`allow_fused`: whether the CPU kernel may take the place of the library's layers."""
         self.is_first = stage_model.is_first
         self.is_last = stage_model.is_last
         self._model = stage_model.model
         self._base = self._model.get_submodule(self._model.base_model_prefix)
         self._device = device
+        self._dtype: torch.dtype = self._model.dtype
         if not self.is_first:
             self._check_prologue()
+        self._fused = fuse(stage_model, device) if allow_fused else None
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -37,7 +44,12 @@ class Stage:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights and of the hidden states."""
-        return self._model.dtype
+        return self._dtype
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the CPU kernel computes the layers, and not the library's modules."""
+        return self._fused is not None
 
     def kv_shape(self, block_size: int, tp: int, tp_rank: int) -> KVShape:
         """What one layer's KV memory looks like on a rank: it holds some of the KV heads."""
@@ -59,6 +71,10 @@ class Stage:
         the same for the stage after, or on the last stage logits [num_rows, vocab_size] (whole on
         tp rank 0 only).
         """
+        if self._fused is not None:
+            if hidden is None:
+                hidden = self._model.get_input_embeddings()(batch.input_ids)
+            return self._fused.run(hidden, batch)
         inputs: dict[str, object] = {
             "position_ids": batch.positions.unsqueeze(0),
             "paged": batch.paged,

@@ -34,6 +34,7 @@ class StageModel:
     layers: range
     is_first: bool
     is_last: bool
+    tp: Collectives
 
 
 def load_config(model_path: Path) -> PreTrainedConfig:
@@ -83,7 +84,7 @@ def build_stage_model(
     if tp.size > 1:
         cut.shard(sharder)
     cut.tie_head(sharder.sources)
-    return StageModel(model, sharder.sources, all_names, layers, cut.is_first, cut.is_last)
+    return StageModel(model, sharder.sources, all_names, layers, cut.is_first, cut.is_last, tp)
 
 
 def _check_attention(model: PreTrainedModel) -> None:

@@ -1,4 +1,4 @@
-"""Compiles the CPU kernel once for this machine and finds it again.
+"""Compiles the CPU kernels once for this machine and finds it again.
 
 `python -m shardline_shards.attention.build` does it ahead of the first start. The library lies in
 `$SHARDLINE_CACHE/kernels` (`~/.cache/shardline/kernels`), under a name made of everything it
@@ -22,7 +22,6 @@ from shardline_shards.cache import default_cache_dir
 logger = logging.getLogger(__name__)
 
 _SOURCE_FOLDER = Path(__file__).parent / "csrc"
-_MAIN_SOURCE = _SOURCE_FOLDER / "paged_attention.cpp"
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 
 
@@ -31,7 +30,7 @@ class BuildError(Exception):
 
 
 def build() -> Path:
-    """Path of the compiled kernel, which is compiled now if it is not there yet (about 20 s).
+    """Path of the compiled kernel, which is compiled now if it is not there yet (about 40 s).
 
     Processes that start together compile once and wait for each other; a process that dies lets go
     of its lock. Raises BuildError.
@@ -51,7 +50,7 @@ def build() -> Path:
 
 
 def _library_path() -> Path:
-    return default_cache_dir() / "kernels" / f"paged_attention-{_fingerprint()}.so"
+    return default_cache_dir() / "kernels" / f"kernel-{_fingerprint()}.so"
 
 
 def _fingerprint() -> str:
@@ -79,10 +78,11 @@ def _compile(library: Path) -> None:
         raise BuildError(
             f"there is no C++ compiler `{compiler}`; install one (Debian, Ubuntu: apt install g++)"
         )
-    logger.info("compiling the attention kernel for this machine, once: %s", library)
+    logger.info("compiling the kernels for this machine, once: %s", library)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         unfinished = Path(folder) / library.name
-        command = [compiler, *_FLAGS, str(_MAIN_SOURCE), "-o", str(unfinished)]
+        sources = [str(path) for path in sorted(_SOURCE_FOLDER.glob("*.cpp"))]
+        command = [compiler, *_FLAGS, *sources, "-o", str(unfinished)]
         command += [f"-isystem{path}" for path in cpp_extension.include_paths()]
         command += [f"-L{path}" for path in cpp_extension.library_paths()]
         command += ["-lc10", "-ltorch_cpu"]

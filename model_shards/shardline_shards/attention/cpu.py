@@ -19,7 +19,7 @@ class CpuBackend:
     block_size = 16
 
     def serves(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """CPUs on which the kernel is built or can be built now; that takes 20 s, once."""
+        """CPUs on which the kernel is built or can be built now; that takes 40 s, once."""
         is_served = dtype in (torch.bfloat16, torch.float16, torch.float32)
         return device.type == "cpu" and is_served and load_kernel()
 

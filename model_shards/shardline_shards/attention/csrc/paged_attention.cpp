@@ -3,83 +3,27 @@
 // A task is a tile of query tokens of one sequence over a range of KV heads and keys. What it
 // computes depends on its own sequence alone: not on the batch, not on the threads.
 
-#include "walk.h"
+#include "tasks.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <atomic>
 #include <cstring>
 
 namespace {
 
 using at::Tensor;
 
-constexpr int64_t kTileRows = 48;     // rows (tokens x heads of a KV head) aimed at in a tile
-constexpr int64_t kPieceKeys = 1024;  // a lone query's keys are cut into pieces at least so long
-
-// A lone query takes all KV heads, so that KV memory is read as one stream, and a long one is cut
-// over its keys. The tiles of a chunk take one head each and stay within the cache; the last tiles
-// cost most and go first.
 template <typename P>
-void plan_sequence(const P& p, int64_t sequence, std::vector<Task>& tasks) {
-  const int64_t query_len = p.query_len(sequence);
-  const int64_t first_position = p.kv_lens[sequence] - query_len;
-  const auto key_begin = [&](int64_t token) {
-    return std::max<int64_t>(0, first_position + token - p.window + 1);
-  };
-  if (query_len == 1) {
-    const int64_t begin = key_begin(0), end = first_position + 1;
-    const int64_t num_pieces = std::max<int64_t>(1, (end - begin) / kPieceKeys);
-    const int64_t length = divide_up(end - begin, num_pieces);
-    for (int64_t i = 0; i < num_pieces; ++i) {
-      const int64_t from = begin + i * length, to = std::min(end, from + length);
-      tasks.push_back({sequence, 0, 1, 0, p.num_kv_heads, from, to, i, num_pieces});
-    }
-    return;
-  }
-  const int64_t tile = std::max<int64_t>(2, kTileRows / p.group);
-  for (int64_t first = divide_up(query_len, tile) * tile - tile; first >= 0; first -= tile) {
-    const int64_t tokens = std::min(tile, query_len - first);
-    const int64_t key_end = first_position + first + tokens;
-    for (int64_t head = 0; head < p.num_kv_heads; ++head) {
-      tasks.push_back(
-          {sequence, first, tokens, head, head + 1, key_begin(first), key_end, 0, 1});
-    }
-  }
-}
-
-template <typename P>
-void run_all(const P& p) {
-  std::vector<Task> tasks;
-  for (int64_t sequence = 0; sequence < p.num_sequences; ++sequence) {
-    plan_sequence(p, sequence, tasks);
-  }
-  const int64_t num_tasks = static_cast<int64_t>(tasks.size());
-  std::vector<State> pieces(num_tasks);
-  std::atomic<int64_t> next{0};
-  const int64_t num_threads = std::min<int64_t>(at::get_num_threads(), num_tasks);
-  at::parallel_for(0, num_threads, 1, [&](int64_t, int64_t) {
-    Scratch& scratch = thread_scratch();
-    for (int64_t i = next++; i < num_tasks; i = next++) {
-      run_task(p, tasks[i], scratch);
-      if (tasks[i].num_pieces == 1) {
-        store_output(p, tasks[i], scratch.state);
-      } else {
-        pieces[i] = scratch.state;
-      }
-    }
+void attend_all(const P& p) {
+  const int64_t num_threads = at::get_num_threads();
+  Attention attention(p, num_threads);
+  at::parallel_for(0, std::min(num_threads, attention.num_tasks()), 1, [&](int64_t, int64_t) {
+    attention.work(p);
   });
-  for (int64_t i = 0; i < num_tasks; ++i) {
-    const int64_t left = tasks[i].num_pieces - 1 - tasks[i].piece;
-    if (left > 0) {
-      merge(pieces[i + 1], pieces[i], p.padded());
-    } else if (tasks[i].num_pieces > 1) {
-      store_output(p, tasks[i], pieces[i]);
-    }
-  }
+  attention.finish(p);
 }
 
 // ---- the operators -----------------------------------------------------------------------------
@@ -162,7 +106,7 @@ Tensor paged_attend(
     p.softcap = static_cast<float>(softcap.value_or(0.0));
     p.window = window.value_or(std::numeric_limits<int32_t>::max());
     check_lengths(p, query.size(0));
-    run_all(p);
+    attend_all(p);
   };
   dispatch(query.scalar_type(), [&](auto zero) {
     switch (query.size(2)) {

@@ -1,0 +1,309 @@
+// The decoder layers of a stage as one object: weights packed once, all layers in one call.
+
+#include <ATen/ops/empty.h>
+#include <omp.h>
+#include <torch/custom_class.h>
+
+#include "decoder_step.h"
+#include "pack.h"
+
+namespace {
+
+using at::Tensor;
+
+// Calls `run` with a zero of the C++ type that `dtype` stands for.
+template <typename Run>
+auto with_dtype(at::ScalarType dtype, const Run& run) {
+  switch (dtype) {
+    case at::kBFloat16: return run(at::BFloat16(0.f));
+    case at::kHalf: return run(at::Half(0.f));
+    default:
+      TORCH_CHECK(dtype == at::kFloat, "decoder layers are float32, bfloat16 or float16");
+      return run(0.f);
+  }
+}
+
+const float* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr<float>() : nullptr;
+}
+
+std::optional<Tensor> as_float(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? std::optional(tensor->to(at::kFloat).contiguous()) : std::nullopt;
+}
+
+struct LayerTensors {
+  Tensor qkv, output, gate_up, down, input_norm, mlp_norm;
+  std::optional<Tensor> qkv_bias, query_norm, key_norm;
+  int64_t mlp_size;
+  double scaling;
+  int64_t window;
+};
+
+class DecoderStack : public torch::CustomClassHolder {
+ public:
+  DecoderStack(
+      int64_t hidden_size, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, double eps,
+      at::ScalarType dtype)
+      : shape_{hidden_size, num_heads, num_kv_heads, head_dim, static_cast<float>(eps)},
+        dtype_(dtype) {
+    TORCH_CHECK(
+        head_dim % 2 == 0 && num_heads % num_kv_heads == 0,
+        "heads are even in size and come in whole groups");
+  }
+
+  // `qkv` and `gate_up` are lists of matrices; norms and the bias are vectors.
+  void add_layer(
+      std::vector<Tensor> qkv, Tensor output, std::vector<Tensor> gate_up, Tensor down,
+      const Tensor& input_norm, const Tensor& mlp_norm, const std::optional<Tensor>& qkv_bias,
+      const std::optional<Tensor>& query_norm, const std::optional<Tensor>& key_norm,
+      double scaling, std::optional<int64_t> window) {
+    check_matrices(qkv, shape_.query_size() + 2 * shape_.kv_size(), shape_.hidden_size);
+    check_matrices({output}, shape_.hidden_size, shape_.query_size());
+    check_matrices(gate_up, 2 * down.size(1), shape_.hidden_size);
+    check_matrices({down}, shape_.hidden_size, down.size(1));
+    LayerTensors layer;
+    layer.qkv = packed(qkv, false);
+    layer.output = packed({output}, false);
+    layer.gate_up = packed(gate_up, true);
+    layer.down = packed({down}, false);
+    layer.input_norm = *as_float(input_norm);
+    layer.mlp_norm = *as_float(mlp_norm);
+    layer.qkv_bias = as_float(qkv_bias);
+    layer.query_norm = as_float(query_norm);
+    layer.key_norm = as_float(key_norm);
+    layer.mlp_size = down.size(1);
+    layer.scaling = scaling;
+    layer.window = window.value_or(std::numeric_limits<int32_t>::max());
+    layers_.push_back(layer);
+  }
+
+  // After the last layer: a norm and the head [vocabulary rows, hidden_size].
+  void set_head(const Tensor& norm, const Tensor& head) {
+    check_matrices({head}, head.size(0), shape_.hidden_size);
+    final_norm_ = as_float(norm);
+    head_ = packed({head}, false);
+    vocab_size_ = head.size(0);
+  }
+
+  // KV memory, for each layer [num_blocks, block_size, num_kv_heads, head_dim].
+  void bind_memory(std::vector<Tensor> keys, std::vector<Tensor> values) {
+    TORCH_CHECK(keys.size() == layers_.size() && values.size() == layers_.size());
+    for (size_t i = 0; i < keys.size(); ++i) {
+      for (const Tensor& pool : {keys[i], values[i]}) {
+        TORCH_CHECK(
+            pool.dim() == 4 && pool.is_contiguous() && pool.scalar_type() == dtype_ &&
+                pool.sizes() == keys[0].sizes() && pool.size(2) == shape_.num_kv_heads &&
+                pool.size(3) == shape_.head_dim,
+            "KV memory is contiguous [num_blocks, block_size, num_kv_heads, head_dim]");
+      }
+    }
+    keys_ = std::move(keys);
+    values_ = std::move(values);
+  }
+
+  // One step. `hidden` [num_tokens, hidden_size] in the weights' dtype, `cos` and `sin`
+  // [num_tokens, head_dim] fp32, the others as in PagedBatch. Returns the hidden states after the
+  // last layer; or, with `logit_indexes`, fp32 logits [len(logit_indexes), vocabulary rows].
+  Tensor run(
+      const Tensor& hidden, const Tensor& cos, const Tensor& sin, const Tensor& query_start,
+      const Tensor& kv_lens, const Tensor& block_tables, const Tensor& slots,
+      const std::optional<Tensor>& logit_indexes) {
+    check_input(hidden, cos, sin, logit_indexes);
+    const StepShape step = step_shape(cos, sin, query_start, kv_lens, block_tables, slots);
+    return with_dtype(dtype_, [&](auto zero) {
+      return run_step<decltype(zero)>(hidden, step, logit_indexes);
+    });
+  }
+
+ private:
+  void check_matrices(
+      const std::vector<Tensor>& weights, int64_t num_outputs, int64_t num_inputs) const {
+    int64_t total = 0;
+    for (const Tensor& weight : weights) {
+      TORCH_CHECK(
+          weight.dim() == 2 && weight.is_contiguous() && weight.scalar_type() == dtype_ &&
+              weight.size(1) == num_inputs,
+          "weights are contiguous [outputs, ", num_inputs, "] in the stack's dtype");
+      total += weight.size(0);
+    }
+    TORCH_CHECK(total == num_outputs, "weights have ", total, " rows instead of ", num_outputs);
+  }
+
+  Tensor packed(const std::vector<Tensor>& weights, bool in_turn) {
+    return with_dtype(dtype_, [&](auto zero) {
+      return pack<decltype(zero)>({weights, in_turn}, at::get_num_threads(), arena_);
+    });
+  }
+
+  void check_input(
+      const Tensor& hidden, const Tensor& cos, const Tensor& sin,
+      const std::optional<Tensor>& logit_indexes) const {
+    TORCH_CHECK(
+        hidden.dim() == 2 && hidden.size(1) == shape_.hidden_size && hidden.is_contiguous() &&
+            hidden.scalar_type() == dtype_,
+        "hidden states are contiguous [num_tokens, hidden_size] in the stack's dtype");
+    for (const Tensor& table : {cos, sin}) {
+      TORCH_CHECK(
+          table.dim() == 2 && table.size(0) == hidden.size(0) &&
+              table.size(1) == shape_.head_dim && table.is_contiguous() &&
+              table.scalar_type() == at::kFloat,
+          "cos and sin are contiguous [num_tokens, head_dim] in fp32");
+    }
+    TORCH_CHECK(!keys_.empty(), "bind_memory comes before run");
+    if (logit_indexes.has_value()) {
+      TORCH_CHECK(head_.has_value(), "this stage has no head");
+      check_indexes(*logit_indexes, 0, hidden.size(0));
+    }
+  }
+
+  static void check_indexes(const Tensor& indexes, int64_t from, int64_t to) {
+    TORCH_CHECK(indexes.is_contiguous() && indexes.scalar_type() == at::kLong);
+    const int64_t* index = indexes.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < indexes.numel(); ++i) {
+      TORCH_CHECK(index[i] >= from && index[i] < to, "index ", index[i], " of ", to);
+    }
+  }
+
+  StepShape step_shape(
+      const Tensor& cos, const Tensor& sin, const Tensor& query_start, const Tensor& kv_lens,
+      const Tensor& block_tables, const Tensor& slots) const {
+    StepShape step;
+    step.num_rows = cos.size(0);
+    step.cos = cos.const_data_ptr<float>();
+    step.sin = sin.const_data_ptr<float>();
+    step.slots = slots.const_data_ptr<int64_t>();
+    step.query_start = query_start.const_data_ptr<int32_t>();
+    step.kv_lens = kv_lens.const_data_ptr<int32_t>();
+    step.block_tables = block_tables.const_data_ptr<int32_t>();
+    step.num_sequences = kv_lens.size(0);
+    step.max_blocks = block_tables.size(1);
+    step.num_blocks = keys_[0].size(0);
+    step.block_size = keys_[0].size(1);
+    TORCH_CHECK(slots.numel() == step.num_rows, "each token has one slot");
+    check_indexes(slots, 0, step.num_blocks * step.block_size);
+    check_sequences(step);
+    return step;
+  }
+
+  // Threads cannot throw: what they would trip over is found before they start.
+  static void check_sequences(const StepShape& step) {
+    TORCH_CHECK(
+        step.query_start[0] == 0 && step.query_start[step.num_sequences] == step.num_rows,
+        "query_start covers all tokens");
+    for (int64_t i = 0; i < step.num_sequences; ++i) {
+      const int64_t query_len = step.query_start[i + 1] - step.query_start[i];
+      const int64_t num_blocks = divide_up(step.kv_lens[i], step.block_size);
+      TORCH_CHECK(
+          query_len >= 0 && query_len <= step.kv_lens[i] && num_blocks <= step.max_blocks,
+          "sequence ", i, " has ", query_len, " query tokens, ", step.kv_lens[i], " tokens and ",
+          step.max_blocks, " blocks");
+      for (int64_t block = 0; block < num_blocks; ++block) {
+        const int64_t id = step.block_tables[i * step.max_blocks + block];
+        TORCH_CHECK(id >= 0 && id < step.num_blocks, "block ", id, " does not exist");
+      }
+    }
+  }
+
+  template <typename T>
+  std::vector<Layer<T>> bound_layers() const {
+    std::vector<Layer<T>> layers;
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      const LayerTensors& from = layers_[i];
+      Layer<T> layer;
+      layer.qkv = unpacked<T>(from.qkv, shape_.query_size() + 2 * shape_.kv_size());
+      layer.output = unpacked<T>(from.output, shape_.hidden_size);
+      layer.gate_up = unpacked<T>(from.gate_up, 2 * pad(from.mlp_size));
+      layer.down = unpacked<T>(from.down, shape_.hidden_size);
+      layer.input_norm = from.input_norm.const_data_ptr<float>();
+      layer.mlp_norm = from.mlp_norm.const_data_ptr<float>();
+      layer.qkv_bias = data_or_null(from.qkv_bias);
+      layer.query_norm = data_or_null(from.query_norm);
+      layer.key_norm = data_or_null(from.key_norm);
+      layer.mlp_size = from.mlp_size;
+      layer.scaling = static_cast<float>(from.scaling);
+      layer.window = from.window;
+      layer.key = keys_[i].mutable_data_ptr<T>();
+      layer.value = values_[i].mutable_data_ptr<T>();
+      layers.push_back(layer);
+    }
+    return layers;
+  }
+
+  template <typename T>
+  Buffers<T>& buffers() {
+    return std::get<Buffers<T>>(buffers_);
+  }
+
+  template <typename T>
+  Tensor run_step(
+      const Tensor& hidden, const StepShape& step, const std::optional<Tensor>& logit_indexes) {
+    const std::vector<Layer<T>> layers = bound_layers<T>();
+    DecoderStep<T> decoder(shape_, layers, step, buffers<T>(), at::get_num_threads());
+    const int64_t num_logits = logit_indexes.has_value() ? logit_indexes->numel() : 0;
+    Tensor output = logit_indexes.has_value()
+        ? at::empty({num_logits, vocab_size_}, hidden.options().dtype(at::kFloat))
+        : at::empty(hidden.sizes(), hidden.options());
+    const T* from = hidden.const_data_ptr<T>();
+    float* states = decoder.hidden();
+    std::vector<T> final_rows(num_logits * divide_up(shape_.hidden_size, kDepth<T>) * kDepth<T>);
+#pragma omp parallel
+    {
+      const int thread = omp_get_thread_num(), num_threads = omp_get_num_threads();
+      const int64_t begin = hidden.numel() * thread / num_threads;
+      const int64_t end = hidden.numel() * (thread + 1) / num_threads;
+      for (int64_t i = begin; i < end; ++i) {
+        states[i] = static_cast<float>(from[i]);
+      }
+      decoder.team().meet(num_threads);
+      decoder.run_layers(thread, num_threads);
+      if (logit_indexes.has_value()) {
+        compute_logits(*logit_indexes, decoder, final_rows, output, thread, num_threads);
+      } else {
+        narrow_row(states + begin, output.mutable_data_ptr<T>() + begin, end - begin);
+      }
+    }
+    return output;
+  }
+
+  template <typename T>
+  void compute_logits(
+      const Tensor& indexes, DecoderStep<T>& decoder, std::vector<T>& rows, const Tensor& output,
+      int thread, int num_threads) {
+    const int64_t width = shape_.hidden_size, count = indexes.numel();
+    const Packed<T> head = unpacked<T>(*head_, vocab_size_);
+    const int64_t* index = indexes.const_data_ptr<int64_t>();
+    const int64_t end = count * (thread + 1) / num_threads;
+    for (int64_t row = count * thread / num_threads; row < end; ++row) {
+      normalise(
+          decoder.hidden() + index[row] * width, final_norm_->const_data_ptr<float>(),
+          rows.data() + row * head.input_stride(), width, shape_.eps);
+    }
+    decoder.team().meet(num_threads);
+    float* out = output.mutable_data_ptr<float>();
+    multiply_packed(
+        head, rows.data(), head.input_stride(), count, thread, num_threads,
+        [&](int64_t row, int64_t column, const auto& sums) {
+          store_sums(sums, nullptr, out + row * vocab_size_, column, vocab_size_);
+        });
+  }
+
+  StackShape shape_;
+  at::ScalarType dtype_;
+  Arena arena_;
+  std::vector<LayerTensors> layers_;
+  std::vector<Tensor> keys_, values_;
+  std::optional<Tensor> final_norm_, head_;
+  int64_t vocab_size_ = 0;
+  std::tuple<Buffers<float>, Buffers<at::BFloat16>, Buffers<at::Half>> buffers_;
+};
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(shardline, library) {
+  library.class_<DecoderStack>("DecoderStack")
+      .def(torch::init<int64_t, int64_t, int64_t, int64_t, double, at::ScalarType>())
+      .def("add_layer", &DecoderStack::add_layer)
+      .def("set_head", &DecoderStack::set_head)
+      .def("bind_memory", &DecoderStack::bind_memory)
+      .def("run", &DecoderStack::run);
+}

@@ -1,0 +1,276 @@
+// One step through the decoder layers of a stage, for models laid out like llama: RMS norm, rotary
+// attention over grouped heads, RMS norm, SwiGLU; biases and norms of queries and keys as given.
+//
+// All threads go through all layers together and meet between phases. Hidden states stay fp32 from
+// the first layer to the last; what enters a product is rounded to the weights' dtype.
+
+#pragma once
+
+#include <memory>
+#include <optional>
+
+#include "product.h"
+#include "rows.h"
+#include "tasks.h"
+#include "team.h"
+
+namespace {
+
+constexpr int64_t kFewRows = 8;  // so few rows every thread normalises for itself
+
+struct StackShape {
+  int64_t hidden_size, num_heads, num_kv_heads, head_dim;
+  float eps;
+
+  int64_t query_size() const { return num_heads * head_dim; }
+  int64_t kv_size() const { return num_kv_heads * head_dim; }
+};
+
+// One layer's weights and KV memory; norms and biases are fp32, null where there are none.
+template <typename T>
+struct Layer {
+  Packed<T> qkv, output, gate_up, down;  // gate_up: vectors of gate and up in turn
+  const float *input_norm, *qkv_bias, *query_norm, *key_norm, *mlp_norm;
+  int64_t mlp_size;
+  float scaling;
+  int64_t window;
+  T *key, *value;
+};
+
+// out[column...] = sums (+ bias), as far as `width` goes
+template <size_t kPanels>
+void store_sums(
+    const Vec (&sums)[kPanels], const float* bias, float* out, int64_t column, int64_t width) {
+  for (size_t p = 0; p < kPanels && column < width; ++p, column += kLanes) {
+    const int count = static_cast<int>(std::min(kLanes, width - column));
+    const Vec sum = bias == nullptr ? sums[p] : sums[p] + Vec::loadu(bias + column, count);
+    sum.store(out + column, count);
+  }
+}
+
+// What one step is about; as in PagedBatch.
+struct StepShape {
+  int64_t num_rows;
+  const float *cos, *sin;  // [num_rows, head_dim]
+  const int64_t* slots;    // [num_rows]
+  const int32_t *query_start, *kv_lens, *block_tables;
+  int64_t num_sequences, max_blocks, num_blocks, block_size;
+};
+
+// Memory of a step, kept from one to the next. Rows are padded with zeros to what products read.
+template <typename T>
+struct Buffers {
+  std::vector<float> hidden, qkv;
+  std::vector<T> normed, query, attended, active;
+  std::vector<std::vector<T>> own_normed;  // by thread
+};
+
+template <typename T>
+class DecoderStep {
+ public:
+  DecoderStep(
+      const StackShape& shape, const std::vector<Layer<T>>& layers, const StepShape& step,
+      Buffers<T>& buffers, int num_threads)
+      : shape_(shape), layers_(layers), step_(step), buffers_(buffers) {
+    const auto grow = [&](auto& buffer, int64_t width) {
+      const size_t size = step.num_rows * width;
+      if (buffer.size() < size) {
+        buffer.resize(size);
+      }
+    };
+    grow(buffers.hidden, shape.hidden_size);
+    grow(buffers.qkv, shape.query_size() + 2 * shape.kv_size());
+    grow(buffers.normed, normed_stride());
+    grow(buffers.query, shape.query_size());
+    grow(buffers.attended, shape.query_size());
+    grow(buffers.active, active_stride());
+    buffers.own_normed.resize(num_threads);
+    for (auto& own : buffers.own_normed) {
+      own.resize(kFewRows * normed_stride());
+    }
+    plan_attention(num_threads);
+  }
+
+  // `hidden` [num_rows, hidden_size]: in, and in place out
+  float* hidden() { return buffers_.hidden.data(); }
+  Team& team() { return team_; }
+
+  // By each of `num_threads` threads.
+  void run_layers(int thread, int num_threads) {
+    for (const Layer<T>& layer : layers_) {
+      run_layer(layer, thread, num_threads);
+    }
+  }
+
+ private:
+  int64_t normed_stride() const { return divide_up(shape_.hidden_size, kDepth<T>) * kDepth<T>; }
+  int64_t active_stride() const { return layers_[0].down.input_stride(); }
+
+  // Calls `run` with the attention problem of `layer`, its head size known to the compiler.
+  template <typename Run>
+  void with_problem(const Layer<T>& layer, const Run& run) {
+    switch (shape_.head_dim) {
+      case 64: return run(problem<64>(layer));
+      case 128: return run(problem<128>(layer));
+      default: return run(problem<0>(layer));
+    }
+  }
+
+  template <int kDim>
+  Problem<T, kDim> problem(const Layer<T>& layer) {
+    Problem<T, kDim> p;
+    p.query = buffers_.query.data();
+    p.key = layer.key;
+    p.value = layer.value;
+    p.output = buffers_.attended.data();
+    p.query_start = step_.query_start;
+    p.kv_lens = step_.kv_lens;
+    p.block_tables = step_.block_tables;
+    p.query_token_stride = shape_.query_size();
+    p.query_head_stride = shape_.head_dim;
+    p.num_sequences = step_.num_sequences;
+    p.num_blocks = step_.num_blocks;
+    p.block_size = step_.block_size;
+    p.max_blocks = step_.max_blocks;
+    p.num_kv_heads = shape_.num_kv_heads;
+    p.group = shape_.num_heads / shape_.num_kv_heads;
+    p.head_dim = shape_.head_dim;
+    p.scaling = layer.scaling;
+    p.softcap = 0.f;
+    p.window = layer.window;
+    return p;
+  }
+
+  // One plan for all layers with the same window.
+  void plan_attention(int num_threads) {
+    for (const Layer<T>& layer : layers_) {
+      if (find_attention(layer) == nullptr) {
+        with_problem(layer, [&](const auto& p) {
+          attention_.emplace_back(layer.window, std::make_unique<Attention>(p, num_threads));
+        });
+      }
+    }
+  }
+
+  Attention* find_attention(const Layer<T>& layer) {
+    for (auto& [window, attention] : attention_) {
+      if (window == layer.window) {
+        return attention.get();
+      }
+    }
+    return nullptr;
+  }
+
+  void run_layer(const Layer<T>& layer, int thread, int num_threads) {
+    const int64_t num_rows = step_.num_rows;
+    multiply_packed(
+        layer.qkv, normed(layer.input_norm, thread, num_threads), normed_stride(), num_rows, thread,
+        num_threads, [&](int64_t row, int64_t column, const auto& sums) {
+          const int64_t width = shape_.query_size() + 2 * shape_.kv_size();
+          store_sums(sums, layer.qkv_bias, buffers_.qkv.data() + row * width, column, width);
+        });
+    team_.meet(num_threads);
+    place_heads(layer, thread, num_threads);
+    team_.meet(num_threads);
+    attend(layer, thread, num_threads);
+    add_product(layer.output, buffers_.attended.data(), shape_.query_size(), thread, num_threads);
+    multiply_packed(
+        layer.gate_up, normed(layer.mlp_norm, thread, num_threads), normed_stride(), num_rows,
+        thread, num_threads, [&](int64_t row, int64_t column, const auto& sums) {
+          store_gated(sums, buffers_.active.data() + row * active_stride(), column / 2, layer);
+        });
+    team_.meet(num_threads);
+    add_product(layer.down, buffers_.active.data(), active_stride(), thread, num_threads);
+  }
+
+  // The normed hidden states; few rows as this thread's own copy, which saves a meeting.
+  const T* normed(const float* weight, int thread, int num_threads) {
+    const bool is_few = step_.num_rows <= kFewRows;
+    T* out = is_few ? buffers_.own_normed[thread].data() : buffers_.normed.data();
+    const int64_t begin = is_few ? 0 : step_.num_rows * thread / num_threads;
+    const int64_t end = is_few ? step_.num_rows : step_.num_rows * (thread + 1) / num_threads;
+    for (int64_t row = begin; row < end; ++row) {
+      normalise(
+          hidden() + row * shape_.hidden_size, weight, out + row * normed_stride(),
+          shape_.hidden_size, shape_.eps);
+    }
+    if (!is_few) {
+      team_.meet(num_threads);
+    }
+    return out;
+  }
+
+  template <size_t kPanels>
+  static void store_gated(
+      const Vec (&sums)[kPanels], T* out, int64_t column, const Layer<T>& layer) {
+    for (size_t p = 0; p + 1 < kPanels && column < layer.mlp_size; p += 2, column += kLanes) {
+      const int64_t count = std::min(kLanes, layer.mlp_size - column);
+      store_narrow(gated(sums[p], sums[p + 1]), out + column, count);
+    }
+  }
+
+  // Norms and rotates queries and keys, and puts keys and values where they belong.
+  void place_heads(const Layer<T>& layer, int thread, int num_threads) {
+    const int64_t num_rows = step_.num_rows, dim = shape_.head_dim;
+    const int64_t width = shape_.query_size() + 2 * shape_.kv_size();
+    const int64_t end = num_rows * (thread + 1) / num_threads;
+    for (int64_t row = num_rows * thread / num_threads; row < end; ++row) {
+      float* heads = buffers_.qkv.data() + row * width;
+      const float *cos = step_.cos + row * dim, *sin = step_.sin + row * dim;
+      T* query = buffers_.query.data() + row * shape_.query_size();
+      place(heads, shape_.num_heads, layer.query_norm, cos, sin, query);
+      heads += shape_.query_size();
+      const int64_t place_in_pool = step_.slots[row] * shape_.kv_size();
+      place(heads, shape_.num_kv_heads, layer.key_norm, cos, sin, layer.key + place_in_pool);
+      narrow_row(heads + shape_.kv_size(), layer.value + place_in_pool, shape_.kv_size());
+    }
+  }
+
+  void place(
+      float* heads, int64_t count, const float* norm, const float* cos, const float* sin, T* out) {
+    const int64_t dim = shape_.head_dim;
+    for (int64_t head = 0; head < count; ++head, heads += dim, out += dim) {
+      if (norm != nullptr) {
+        normalise(heads, norm, heads, dim, shape_.eps);
+      }
+      rotate(heads, cos, sin, out, dim);
+    }
+  }
+
+  void attend(const Layer<T>& layer, int thread, int num_threads) {
+    Attention& attention = *find_attention(layer);
+    with_problem(layer, [&](const auto& p) {
+      attention.work(p);
+      team_.meet(num_threads);
+      if (thread == 0) {
+        attention.finish(p);
+        attention.restart();
+      }
+    });
+    if (attention.has_pieces()) {
+      team_.meet(num_threads);
+    }
+  }
+
+  // hidden += input * weights^T
+  void add_product(
+      const Packed<T>& weights, const T* input, int64_t stride, int thread, int num_threads) {
+    const int64_t width = shape_.hidden_size;
+    multiply_packed(
+        weights, input, stride, step_.num_rows, thread, num_threads,
+        [&](int64_t row, int64_t column, const auto& sums) {
+          float* out = hidden() + row * width;
+          store_sums(sums, out, out, column, width);
+        });
+    team_.meet(num_threads);
+  }
+
+  const StackShape& shape_;
+  const std::vector<Layer<T>>& layers_;
+  const StepShape& step_;
+  Buffers<T>& buffers_;
+  Team team_;
+  std::vector<std::pair<int64_t, std::unique_ptr<Attention>>> attention_;
+};
+
+}  // namespace

@@ -1,0 +1,172 @@
+// Products with weights that were packed once: out[rows, N] = input[rows, K] * weight[N, K]^T.
+//
+// Packed weights are [groups, steps, panels, lanes, depth]: a group is what one pass over the depth
+// computes, `panels` vectors of output columns, and it lies in one piece, so that a few rows stream
+// through memory. A sum runs over K in order, whatever the number of rows or threads: a row's result
+// is its own.
+
+#pragma once
+
+#include <cstring>
+
+#include "vector_math.h"
+
+namespace {
+
+// Two neighbours in K go together where the processor multiplies pairs of bf16.
+#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
+template <typename T>
+constexpr bool kPairs = std::is_same_v<T, at::BFloat16>;
+#else
+template <typename T>
+constexpr bool kPairs = false;
+#endif
+
+template <typename T>
+constexpr int64_t kDepth = kPairs<T> ? 2 : 1;
+
+constexpr int64_t kNumRegisters = kLanes == 8 ? 16 : 32;
+constexpr int64_t kRowBlockBytes = 1 << 18;  // of input that stays in a core's cache
+constexpr int64_t kBytesAhead = 2048;        // how far in front of a pass weights are fetched
+
+// Rows of one pass: what the registers hold beside one row of weights and one number of the input.
+constexpr int max_rows(int panels) {
+  return static_cast<int>((kNumRegisters - 2 - panels) / panels);
+}
+
+template <typename T>
+struct Packed {
+  const T* data = nullptr;
+  int64_t num_outputs = 0;  // N
+  int64_t num_groups = 0, num_steps = 0;
+  int panels = 0;
+
+  int64_t group_columns() const { return panels * kLanes; }
+  int64_t group_size() const { return num_steps * group_columns() * kDepth<T>; }
+  int64_t input_stride() const { return num_steps * kDepth<T>; }
+};
+
+template <typename T, int kRows, int kPanels, bool kFetch>
+C10_ALWAYS_INLINE void multiply_pass(
+    const T* input, int64_t stride, const T* weights, int64_t num_steps,
+    Vec (&sums)[kRows][kPanels]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p) {
+      sums[r][p] = Vec(0.f);
+    }
+  }
+  constexpr int64_t kPanelSize = kLanes * kDepth<T>;
+  for (int64_t k = 0; k < num_steps; ++k, weights += kPanels * kPanelSize) {
+    if constexpr (kFetch) {
+      const char* ahead = reinterpret_cast<const char*>(weights) + kBytesAhead;
+#pragma GCC unroll 4
+      for (size_t i = 0; i < kPanels * kPanelSize * sizeof(T); i += kCacheLineBytes) {
+        __builtin_prefetch(ahead + i);
+      }
+    }
+    if constexpr (kPairs<T>) {
+#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
+      __m512bh right[kPanels];
+#pragma GCC unroll 4
+      for (int p = 0; p < kPanels; ++p) {
+        right[p] = (__m512bh)_mm512_loadu_si512(weights + p * kPanelSize);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        int32_t pair;
+        std::memcpy(&pair, input + r * stride + 2 * k, sizeof pair);
+        const __m512bh left = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+        for (int p = 0; p < kPanels; ++p) {
+          sums[r][p] = Vec(_mm512_dpbf16_ps(sums[r][p], left, right[p]));
+        }
+      }
+#endif
+    } else {
+      Vec right[kPanels];
+#pragma GCC unroll 4
+      for (int p = 0; p < kPanels; ++p) {
+        right[p] = load_wide(weights + p * kPanelSize);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const Vec left(static_cast<float>(input[r * stride + k]));
+#pragma GCC unroll 4
+        for (int p = 0; p < kPanels; ++p) {
+          sums[r][p] = at::vec::fmadd(left, right[p], sums[r][p]);
+        }
+      }
+    }
+  }
+}
+
+template <typename T, int kRows, int kPanels, typename Store>
+void multiply_rows_packed(
+    const Packed<T>& w, const T* input, int64_t stride, int64_t row, int64_t group, bool is_first,
+    const Store& store) {
+  Vec sums[kRows][kPanels];
+  const T* weights = w.data + group * w.group_size();
+  if (is_first) {
+    multiply_pass<T, kRows, kPanels, true>(input + row * stride, stride, weights, w.num_steps, sums);
+  } else {
+    multiply_pass<T, kRows, kPanels, false>(
+        input + row * stride, stride, weights, w.num_steps, sums);
+  }
+  for (int r = 0; r < kRows; ++r) {
+    store(row + r, group * w.group_columns(), sums[r]);
+  }
+}
+
+// Calls `run` with `rows` as a constant, 1 <= rows <= kMax.
+template <int kMax, typename Run>
+C10_ALWAYS_INLINE void with_rows(int64_t rows, const Run& run) {
+  if constexpr (kMax == 1) {
+    run(std::integral_constant<int, 1>());
+  } else if (rows == kMax) {
+    run(std::integral_constant<int, kMax>());
+  } else {
+    with_rows<kMax - 1>(rows, run);
+  }
+}
+
+template <typename T, int kPanels, typename Store>
+void multiply_groups(
+    const Packed<T>& w, const T* input, int64_t stride, int64_t num_rows, int64_t group_begin,
+    int64_t group_end, const Store& store) {
+  constexpr int kMax = max_rows(kPanels);
+  const int64_t fitting = kRowBlockBytes / static_cast<int64_t>(stride * sizeof(T));
+  const int64_t block = std::max<int64_t>(1, fitting / kMax) * kMax;
+  for (int64_t begin = 0; begin < num_rows; begin += block) {
+    const int64_t end = std::min(num_rows, begin + block);
+    const int64_t num_tiles = divide_up(end - begin, kMax);
+    for (int64_t group = group_begin; group < group_end; ++group) {
+      for (int64_t tile = 0; tile < num_tiles; ++tile) {
+        const int64_t first = begin + (end - begin) * tile / num_tiles;
+        const int64_t last = begin + (end - begin) * (tile + 1) / num_tiles;
+        with_rows<kMax>(last - first, [&](auto rows) {
+          multiply_rows_packed<T, decltype(rows)::value, kPanels>(
+              w, input, stride, first, group, tile == 0, store);
+        });
+      }
+    }
+  }
+}
+
+// One thread's part of a product: `store(row, first column, vectors of a group)` takes the sums.
+// `input` [num_rows, stride] is zero from K to the stride, which is even where pairs are multiplied.
+template <typename T, typename Store>
+void multiply_packed(
+    const Packed<T>& w, const T* input, int64_t stride, int64_t num_rows, int thread,
+    int num_threads, const Store& store) {
+  const int64_t begin = w.num_groups * thread / num_threads;
+  const int64_t end = w.num_groups * (thread + 1) / num_threads;
+  if (w.panels == 3) {
+    multiply_groups<T, 3>(w, input, stride, num_rows, begin, end, store);
+  } else {
+    multiply_groups<T, 4>(w, input, stride, num_rows, begin, end, store);
+  }
+}
+
+}  // namespace

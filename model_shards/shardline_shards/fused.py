@@ -1,0 +1,336 @@
+"""Decoder layers laid out like llama's, as one call of the CPU kernel for the whole stage.
+
+The library's own layers stay the definition: before any is replaced, a layer of each kind is run
+beside the kernel on a few made-up tokens. Where they disagree, or the layers are built in another
+way, the stage goes on with the library's modules, and a line in the log says why.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from shardline_shards.attention import BACKENDS, KVLayer, KVShape, PagedBatch, allocate_kv
+from shardline_shards.attention.cpu import load_kernel
+from shardline_shards.batch import StepBatch
+from shardline_shards.parallel_layers import SkippedLayer
+from shardline_shards.stage_model import StageModel, decoder_layers
+
+logger = logging.getLogger(__name__)
+
+# Classes whose layers are what the kernel computes, and nothing else around them.
+MODEL_CLASSES = frozenset(
+    {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
+)
+# Rotary embeddings that depend on the position alone, not on how long a sequence is.
+_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
+_LAYER_CHILDREN = frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
+_ATTENTION_CHILDREN = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
+_ATTENTION_EXTRAS = frozenset({"q_norm", "k_norm"})
+_MLP_CHILDREN = frozenset({"gate_proj", "up_proj", "down_proj", "act_fn"})
+
+_FIRST_TABLE_SIZE = 4096
+_NUM_PROBE_TOKENS = 6
+# The most that what a layer adds may differ, in Frobenius norm: roundings of the library's steps.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+class _CannotFuse(Exception):
+    """The kernel does not compute what these modules do; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerKind:
+    """How a layer calls attention."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Geometry:
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    eps: float
+    dtype: torch.dtype
+
+    def new_stack(self) -> Any:
+        """An empty stack of the kernel's."""
+        return torch.classes.shardline.DecoderStack(
+            self.hidden_size,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.eps,
+            self.dtype,
+        )
+
+
+class FusedLayers:
+    """All decoder layers of a stage, and on the last stage the norm and the head."""
+
+    def __init__(self, stack: Any, rotary: "_RotaryTable", has_head: bool) -> None:
+        self._stack = stack
+        self._rotary = rotary
+        self._has_head = has_head
+        self._bound: Mapping[int, KVLayer] | None = None
+
+    def run(self, hidden: Tensor, batch: StepBatch) -> Tensor:
+        """Hidden states [num_tokens, hidden_size] in; the same out, or fp32 logits [num_rows, n].
+
+        n are the vocabulary rows of this rank.
+        """
+        paged = batch.paged
+        if self._bound is not paged.kv_layers:
+            _bind(self._stack, paged.kv_layers)
+            self._bound = paged.kv_layers
+        cos, sin = self._rotary.at(batch.positions, paged.max_kv_len)
+        indexes = batch.logit_indexes if self._has_head else None
+        return _run(self._stack, hidden, cos, sin, paged, indexes)
+
+
+def fuse(stage_model: StageModel, device: torch.device) -> FusedLayers | None:
+    """The stage's layers in the kernel, their own weights given back; None if they cannot be.
+
+    The stage's weights are loaded. Nothing is changed where None is returned.
+    """
+    model = stage_model.model
+    if device.type != "cpu" or type(model).__name__ not in MODEL_CLASSES or not load_kernel():
+        return None
+    base = model.get_submodule(model.base_model_prefix)
+    layers = [decoder_layers(model)[index] for index in stage_model.layers]
+    if any(parameter.is_meta for layer in layers for parameter in layer.parameters()):
+        return None
+    try:
+        if stage_model.tp.size > 1:
+            raise _CannotFuse("its layers are split over ranks")
+        rotary = _RotaryTable(base.get_submodule("rotary_emb"))
+        geometry = _geometry(model, layers)
+        kinds = _check_layers(layers, geometry, rotary)
+    except _CannotFuse as reason:
+        logger.info("%s runs layer by layer: %s", type(model).__name__, reason)
+        return None
+    stack = geometry.new_stack()
+    for index, layer, kind in zip(stage_model.layers, layers, kinds, strict=True):
+        _add_layer(stack, layer, kind)
+        decoder_layers(model)[index] = SkippedLayer()
+    if stage_model.is_last:
+        stack.set_head(_weight(base, "norm"), _weight(model, "lm_head"))
+        model.lm_head = nn.Identity()
+    return FusedLayers(stack, rotary, stage_model.is_last)
+
+
+class _RotaryTable:
+    """Cosines and sines [num_positions, head_dim] in fp32, from the model's own module."""
+
+    def __init__(self, rotary: nn.Module) -> None:
+        if getattr(rotary, "rope_type", None) not in _ROPE_TYPES:
+            raise _CannotFuse(f"rotary embeddings are of another type than {sorted(_ROPE_TYPES)}")
+        self._rotary = rotary
+        self._grow(_FIRST_TABLE_SIZE)
+
+    @property
+    def width(self) -> int:
+        """How much of a head is rotated."""
+        return int(self._cos.shape[-1])
+
+    def at(self, positions: Tensor, num_positions: int) -> tuple[Tensor, Tensor]:
+        """Rows for `positions`, which are all below `num_positions`."""
+        if num_positions > len(self._cos):
+            self._grow(max(num_positions, 2 * len(self._cos)))
+        return self._cos[positions], self._sin[positions]
+
+    def _grow(self, num_positions: int) -> None:
+        like = torch.empty(0, dtype=torch.float32)
+        cos, sin = self._rotary(like, torch.arange(num_positions).unsqueeze(0))
+        self._cos, self._sin = cos[0], sin[0]
+
+
+class _Recorder:
+    """The CPU backend, noting how it is asked to attend."""
+
+    def __init__(self) -> None:
+        self._inner = BACKENDS["cpu"]
+        self.name = self._inner.name
+        self.block_size = self._inner.block_size
+        self.kinds: list[_LayerKind] = []
+
+    def serves(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """See `AttentionBackend.serves`."""
+        return self._inner.serves(device, dtype)
+
+    def write(self, layer: KVLayer, key: Tensor, value: Tensor, slots: Tensor) -> None:
+        """See `AttentionBackend.write`."""
+        self._inner.write(layer, key, value, slots)
+
+    def attend(
+        self,
+        query: Tensor,
+        layer: KVLayer,
+        batch: PagedBatch,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """See `AttentionBackend.attend`."""
+        self.kinds.append(_LayerKind(scaling, sliding_window, softcap))
+        return self._inner.attend(
+            query, layer, batch, scaling=scaling, sliding_window=sliding_window, softcap=softcap
+        )
+
+
+def _geometry(model: PreTrainedModel, layers: list[nn.Module]) -> _Geometry:
+    """What all layers have in common. Raises _CannotFuse if they are built in another way."""
+    for layer in layers:
+        _check_structure(layer)
+    attention = layers[0].get_submodule("self_attn")
+    head_dim = int(attention.head_dim)  # type: ignore[arg-type]
+    norms = {
+        float(module.variance_epsilon)  # type: ignore[arg-type]
+        for module in model.modules()
+        if hasattr(module, "variance_epsilon")
+    }
+    if len(norms) != 1:
+        raise _CannotFuse("its norms differ in epsilon")
+    return _Geometry(
+        hidden_size=int(model.config.hidden_size),
+        num_heads=len(_weight(attention, "q_proj")) // head_dim,
+        num_kv_heads=len(_weight(attention, "k_proj")) // head_dim,
+        head_dim=head_dim,
+        eps=norms.pop(),
+        dtype=model.dtype,
+    )
+
+
+def _check_structure(layer: nn.Module) -> None:
+    attention, mlp = layer.get_submodule("self_attn"), layer.get_submodule("mlp")
+    for module, names, optional in (
+        (layer, _LAYER_CHILDREN, frozenset[str]()),
+        (attention, _ATTENTION_CHILDREN, _ATTENTION_EXTRAS),
+        (mlp, _MLP_CHILDREN, frozenset[str]()),
+    ):
+        children = {name for name, _ in module.named_children()}
+        if children - optional != names:
+            raise _CannotFuse(f"{type(module).__name__} has the parts {sorted(children)}")
+    plain = [mlp.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj")]
+    if any(module.bias is not None for module in [*plain, attention.get_submodule("o_proj")]):
+        raise _CannotFuse("it has biases beside those of queries, keys and values")
+
+
+def _weight(module: nn.Module, name: str) -> Tensor:
+    return module.get_parameter(f"{name}.weight").data
+
+
+def _check_layers(
+    layers: list[nn.Module], geometry: _Geometry, rotary: _RotaryTable
+) -> list[_LayerKind]:
+    """How each layer attends. Raises _CannotFuse where the kernel's result is not the layer's."""
+    if rotary.width != geometry.head_dim:
+        raise _CannotFuse("it rotates a part of each head only")
+    generator = torch.Generator().manual_seed(0)
+    shape = (_NUM_PROBE_TOKENS, geometry.hidden_size)
+    hidden = torch.randn(shape, generator=generator).mul_(0.05).to(geometry.dtype)
+    positions = torch.arange(_NUM_PROBE_TOKENS) * 7
+    cos, sin = rotary.at(positions, int(positions[-1]) + 1)
+    kinds: list[_LayerKind] = []
+    for layer in layers:
+        paged, recorder = _probe_batch(layer, geometry)
+        expected = layer(
+            hidden.unsqueeze(0),
+            attention_mask=None,
+            position_ids=positions.unsqueeze(0),
+            use_cache=False,
+            position_embeddings=(
+                cos.to(geometry.dtype).unsqueeze(0),
+                sin.to(geometry.dtype).unsqueeze(0),
+            ),
+            paged=paged,
+        )
+        (kind,) = recorder.kinds
+        if kind not in kinds:
+            stack = geometry.new_stack()
+            _add_layer(stack, layer, kind)
+            _bind(stack, paged.kv_layers)
+            _compare(_run(stack, hidden, cos, sin, paged, None), expected.squeeze(0), hidden)
+        kinds.append(kind)
+    return kinds
+
+
+def _probe_batch(layer: nn.Module, geometry: _Geometry) -> tuple[PagedBatch, _Recorder]:
+    """One sequence of a few tokens in memory of its own."""
+    recorder = _Recorder()
+    index = int(layer.get_submodule("self_attn").layer_idx)  # type: ignore[arg-type]
+    shape = KVShape(
+        block_size=_NUM_PROBE_TOKENS,
+        num_kv_heads=geometry.num_kv_heads,
+        head_dim=geometry.head_dim,
+        dtype=geometry.dtype,
+    )
+    batch = PagedBatch(
+        query_start=torch.tensor([0, _NUM_PROBE_TOKENS], dtype=torch.int32),
+        kv_lens=torch.tensor([_NUM_PROBE_TOKENS], dtype=torch.int32),
+        block_tables=torch.zeros(1, 1, dtype=torch.int32),
+        slots=torch.arange(_NUM_PROBE_TOKENS),
+        max_query_len=_NUM_PROBE_TOKENS,
+        max_kv_len=_NUM_PROBE_TOKENS,
+        kv_layers=allocate_kv([index], 1, shape, torch.device("cpu")),
+        backend=recorder,
+    )
+    return batch, recorder
+
+
+def _compare(ours: Tensor, theirs: Tensor, hidden: Tensor) -> None:
+    added, expected = ours.float() - hidden.float(), theirs.float() - hidden.float()
+    distance = float((added - expected).norm() / expected.norm())
+    if not distance <= _TOLERANCE[hidden.dtype]:
+        raise _CannotFuse(f"the kernel's result for a layer is {distance:.1%} off the layer's own")
+
+
+def _add_layer(stack: Any, layer: nn.Module, kind: _LayerKind) -> None:
+    if kind.softcap is not None:
+        raise _CannotFuse("it caps attention scores")
+    attention, mlp = layer.get_submodule("self_attn"), layer.get_submodule("mlp")
+    qkv = [attention.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj")]
+    biases = [module.bias for module in qkv if module.bias is not None]
+    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    stack.add_layer(
+        [module.weight for module in qkv],
+        _weight(attention, "o_proj"),
+        [_weight(mlp, "gate_proj"), _weight(mlp, "up_proj")],
+        _weight(mlp, "down_proj"),
+        _weight(layer, "input_layernorm"),
+        _weight(layer, "post_attention_layernorm"),
+        torch.cat(biases) if biases else None,  # type: ignore[arg-type]
+        *[None if norm is None else norm.weight for norm in norms],
+        kind.scaling,
+        kind.window,
+    )
+
+
+def _bind(stack: Any, kv_layers: Mapping[int, KVLayer]) -> None:
+    memory = [kv_layers[index] for index in sorted(kv_layers)]
+    stack.bind_memory([layer.key for layer in memory], [layer.value for layer in memory])
+
+
+def _run(
+    stack: Any, hidden: Tensor, cos: Tensor, sin: Tensor, paged: PagedBatch, indexes: Tensor | None
+) -> Tensor:
+    output: Tensor = stack.run(
+        hidden,
+        cos,
+        sin,
+        paged.query_start,
+        paged.kv_lens,
+        paged.block_tables,
+        paged.slots,
+        indexes,
+    )
+    return output

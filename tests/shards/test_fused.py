@@ -1,0 +1,111 @@
+"""Which models the kernel takes whole, what makes it refuse, and that a row's result is its own."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shardline_scheduler.plan import NewRequest, SamplingParams, ScheduledRequest, StepPlan
+from shardline_shards.attention import KVShape, allocate_kv, select_backend
+from shardline_shards.batch import BatchBuilder, RequestTable
+from shardline_shards.checkpoint import load_weights
+from shardline_shards.collectives import SingleRank
+from shardline_shards.layout import ParallelLayout, Place
+from shardline_shards.stage import Stage
+from shardline_shards.stage_model import StageModel, build_stage_model, decoder_layers, load_config
+from tests.tiny import FAMILIES, VOCAB_SIZE, save_tiny
+
+CPU = torch.device("cpu")
+BLOCK_SIZE = 4
+FUSED_FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}
+
+
+def build(folder: Path, dtype: torch.dtype = torch.float32) -> StageModel:
+    layout = ParallelLayout(tp=1, stage_layers=(3,))
+    model = build_stage_model(
+        load_config(folder), layout, Place(0, 0), SingleRank(), dtype, torch.device("cpu")
+    )
+    load_weights(model, folder, CPU)
+    return model
+
+
+def run(stage: Stage, lengths: list[int]) -> Tensor:
+    """Logits of the last token of each prompt; prompt i has the tokens i, i + 1, …"""
+    config = stage.config
+    shape = KVShape(
+        block_size=BLOCK_SIZE,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads,
+        dtype=stage.dtype,
+    )
+    batches = BatchBuilder(
+        allocate_kv(range(3), 64, shape, CPU), BLOCK_SIZE, select_backend(CPU, stage.dtype), CPU
+    )
+    sampling = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
+    new, scheduled, next_block = [], [], 0
+    for index, length in enumerate(lengths):
+        tokens = [(index + i) % VOCAB_SIZE for i in range(length)]
+        blocks = list(range(next_block, next_block + -(-length // BLOCK_SIZE)))
+        next_block += len(blocks)
+        new.append(NewRequest(index, tokens, length, sampling))
+        scheduled.append(ScheduledRequest(index, 0, length, [], blocks, True))
+    requests, plan = RequestTable(), StepPlan(0, [], new, scheduled)
+    requests.apply(plan)
+    return stage.run(batches.build(plan, requests), None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_kernel_takes_the_families_that_it_computes(family: str, tmp_path: Path) -> None:
+    stage = Stage(build(save_tiny(family, tmp_path)), CPU)
+    assert stage.is_fused == (family in FUSED_FAMILIES)
+
+
+class Doubled(nn.Module):
+    """A change inside a layer that nothing but the numbers can tell."""
+
+    weight: Tensor
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.weight = inner.weight
+        self.bias = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * nn.functional.linear(input, self.weight)
+
+
+def test_layers_that_compute_something_else_stay_modules(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build(save_tiny("llama", tmp_path))
+    attention = decoder_layers(model.model)[0].self_attn
+    attention.v_proj = Doubled(attention.v_proj)
+    with caplog.at_level(logging.INFO, "shardline_shards.fused"):
+        stage = Stage(model, CPU)
+    assert not stage.is_fused
+    assert "off the layer's own" in caplog.text
+    assert run(stage, [3]).shape == (1, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_row_has_the_same_bits_alone_and_among_others(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = save_tiny("qwen3", tmp_path)
+    stage = Stage(build(folder, dtype), CPU)
+    assert stage.is_fused
+    lengths = [7, 1, 12, 3, 1, 1, 5]
+    together = run(stage, lengths)
+    for length in (7, 30):
+        assert torch.equal(run(stage, [length, *lengths[1:]])[1:], together[1:])
+    assert torch.equal(run(stage, lengths[:1]), together[:1])
+
+
+def test_positions_beyond_the_first_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shardline_shards.fused._FIRST_TABLE_SIZE", 8)
+    folder = save_tiny("llama", tmp_path)
+    fused, modules = Stage(build(folder), CPU), Stage(build(folder), CPU, allow_fused=False)
+    assert fused.is_fused and not modules.is_fused
+    lengths = [40, 9]
+    torch.testing.assert_close(run(fused, lengths), run(modules, lengths), rtol=0, atol=1e-4)
