@@ -130,6 +130,7 @@ def test_srun_starts_both_nodes(
 ) -> None:
     with ended(start_task(hosts, tiny_model, 0), start_task(hosts, tiny_model, 1)) as (head, node):
         assert generate(read_url(head)) == tokens_of_one_process
+        assert "node 1 has joined already" in refused(start_task(hosts, tiny_model, 1))
         head.send_signal(signal.SIGTERM)
         assert head.wait(timeout=20) == 0
         assert node.wait(timeout=20) == 0

@@ -1,6 +1,7 @@
 """One model over two hosts, each a network namespace with an address of its own. Needs root."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from tests.server.namespaces import DOOR_ADDRESS, HEAD_ADDRESS, NODE_ADDRESS, Hosts
 from tests.server.two_nodes import (
     RENDEZVOUS,
+    ended,
     generate,
     launched,
     refused,
@@ -86,6 +88,25 @@ def test_another_model(hosts: Hosts, tiny_model: Path, tmp_path: Path) -> None:
     line = refused(start_node(hosts, "--model", str(other)))
     assert "is not the head's" in line
     assert "does not fit" in refused(head)
+
+
+def test_another_version(hosts: Hosts, tiny_model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "transformers-9.9.9.dist-info" / "METADATA"
+    other.parent.mkdir()
+    other.write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 9.9.9\n")
+    head = start_head(hosts, tiny_model, "--pp", "2")
+    line = refused(start_node(hosts, PYTHONPATH=str(tmp_path)))
+    assert re.search(r"transformers is 9\.9\.9 here and [\d.]+ on the head", line)
+    assert "does not fit: transformers is 9.9.9 here" in refused(head)
+
+
+def test_a_head_that_goes_before_all_have_come(hosts: Hosts, tiny_model: Path) -> None:
+    head = start_head(hosts, tiny_model, "--pp", "3", "--node-gpus", "1,1,1", "--nodes", "3")
+    with ended(head, start_node(hosts)) as (head, node):
+        assert head.stderr is not None
+        assert any("has joined" in line for line in head.stderr)
+        os.killpg(head.pid, signal.SIGKILL)
+        assert "the head has gone" in refused(node)
 
 
 def test_no_head(hosts: Hosts) -> None:

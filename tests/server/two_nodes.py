@@ -53,11 +53,11 @@ def start_head(hosts: Hosts, model: Path, *options: str, port: int = PORT) -> su
 
 
 def start_node(
-    hosts: Hosts, *options: str, secret: str = SECRET, port: int = PORT
+    hosts: Hosts, *options: str, secret: str = SECRET, port: int = PORT, **variables: str
 ) -> subprocess.Popen:
     where = ("--join", f"{HEAD_ADDRESS}:{port}", "--iface", "wire1")
     command = [*PYTHON, "worker", *where, *options]
-    return start(hosts, hosts.node, *command, secret=secret)
+    return start(hosts, hosts.node, *command, secret=secret, **variables)
 
 
 @contextmanager
