@@ -4,9 +4,8 @@ import os
 import subprocess
 from pathlib import Path
 
-import psutil
-
 from shardline_server.placement import Capacity
+from shardline_shards.host_memory import available_memory
 
 
 def count_gpus() -> int:
@@ -20,8 +19,7 @@ def own_capacity(device: str) -> Capacity:
         return Capacity(is_cuda=True, num_devices=count_gpus(), free_bytes=_smallest_gpu())
     has_affinity = hasattr(os, "sched_getaffinity")
     num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    free_bytes = int(psutil.virtual_memory().available)
-    return Capacity(is_cuda=False, num_devices=num_cores, free_bytes=free_bytes)
+    return Capacity(is_cuda=False, num_devices=num_cores, free_bytes=available_memory())
 
 
 def _smallest_gpu() -> int | None:

@@ -77,15 +77,13 @@ def _chosen_address(settings: ServeSettings) -> str | None:
 
 def _count_nodes(settings: ServeSettings, launch: Launch | None) -> int:
     if launch is None:
-        num_nodes = settings.nodes or 1
-    elif settings.nodes not in (None, launch.num_nodes):
+        return settings.nodes or 1
+    if settings.nodes not in (None, launch.num_nodes):
         raise ConfigError(
             f"--nodes is {settings.nodes} and {launch.launcher} has started {launch.num_nodes}; "
             "leave --nodes out"
         )
-    else:
-        num_nodes = launch.num_nodes
-    return num_nodes
+    return launch.num_nodes
 
 
 def _check_alone(settings: ServeSettings) -> None:
@@ -109,7 +107,9 @@ def _check_places(num_nodes: int, settings: ServeSettings) -> None:
 
 def _find_board(settings: ServeSettings, launch: Launch | None) -> BoardAddress:
     if settings.rendezvous is not None:
-        return parse_board(settings.rendezvous, _chosen_address(settings))
+        is_only_here = launch is None  # a launcher gives the same command to nodes that join
+        own = _chosen_address(settings) if is_only_here else None
+        return parse_board(settings.rendezvous, own)
     if launch is not None:
         return launch.board
     raise ConfigError(

@@ -90,7 +90,6 @@ def _deal_ranks(
     room = _room(nodes, rules, tp * pp)
     for unit in (tp, 1) if rules.may_cross_nodes else (tp,):
         weights = [node.num_devices for node in nodes]
-        weights = [node.num_devices for node in nodes]
         counts = _deal_by_weight(tp * pp // unit, [places // unit for places in room], weights)
         if counts is not None:
             ends = list(accumulate(count * unit for count in counts))

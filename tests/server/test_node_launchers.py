@@ -147,6 +147,7 @@ def test_nodes_that_were_started_with_other_settings(hosts: Hosts, tiny_model: P
     ("options", "reason"),
     [
         (("--nodes", "3"), "--nodes is 3 and srun has started 2"),
+        (("--iface", "lo", "--rendezvous", ":29500"), "':29500' is not HOST:PORT"),
         (("--pp", "1"), "--pp 1 --tp 1 do not fit 2 nodes"),
     ],
 )
