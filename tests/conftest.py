@@ -5,6 +5,8 @@ import pytest
 
 # No test needs the network; without this a typo in a model name would ask a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Servers that tests start shall be quick; measuring has tests of its own.
+os.environ["SHARDLINE_MEASURE_SECONDS"] = "0"
 
 
 @pytest.fixture(scope="session")

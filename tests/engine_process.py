@@ -138,6 +138,9 @@ def engine_config(model: Path, layout: ParallelLayout, **overrides: object) -> E
         "enable_prefix_caching": True,
         "threads_per_worker": 1,
         "log_level": "warning",
+        "policy": "edf",
+        "measure_s": 0.0,
+        "cache_dir": str(model.parent / "cache"),
     }
     return EngineConfig(**(settings | overrides))  # type: ignore[arg-type]
 

@@ -7,7 +7,7 @@ that mostly compute. Planning adds the 0.9 quantile of what steps took beyond th
 """
 
 from collections.abc import Sequence
-from math import ceil, sqrt
+from math import ceil, inf, sqrt
 
 from msgspec import Struct, field
 
@@ -110,12 +110,15 @@ class RangeModel(Struct):
         slope = b + e * context
         if left <= 0:
             return 0
-        if e <= 0:
-            return int(min(left / slope, _MANY_TOKENS)) if slope > 0 else _MANY_TOKENS
-        return int((sqrt(slope * slope + 2 * e * left) - slope) / e)
+        if e * left > _TINY * slope * slope:
+            num_tokens = (sqrt(slope * slope + 2 * e * left) - slope) / e
+        else:  # Chunks too short for their own length to matter, or for the root to be exact.
+            num_tokens = left / slope if slope > 0 else inf
+        return int(min(num_tokens, _MANY_TOKENS))
 
 
 _MANY_TOKENS = 1 << 30
+_TINY = 1e-9
 
 
 class StageModel(Struct):

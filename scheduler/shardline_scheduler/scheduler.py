@@ -68,24 +68,32 @@ class Scheduler:
         jitter: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.config = config
-        self.cost_model = cost_model or PipeModel.of_size(config.num_stages)
         self._policy = policy or POLICIES[config.policy]()
-        self._keeper: Keeper = NoBudgets(cost or TokenBudget(config.max_num_batched_tokens))
-        if self._policy.keeps_budgets and cost is None:
-            self._keeper = BudgetKeeper(config, self._policy, self.cost_model, jitter)
+        self._cost = cost
+        self._jitter = jitter
+        self._learn(cost_model or PipeModel.of_size(config.num_stages))
         self._memory = KvMemory(config.num_blocks, config.block_size, config.enable_prefix_cache)
         self._requests: dict[str, Request] = {}
         self._waiting = WaitingQueue(self._policy)
         self._running = RunningRequests()
         self._released: list[int] = []
         self._in_flight: deque[_InFlight] = deque()
-        self._log = StepLog(self.cost_model)
-        self._outcomes = Outcomes()
         self._sequences = count()
         self._indexes = count()
         self._num_steps = 0
         self._num_preemptions = 0
         self._now = float("-inf")
+
+    def _learn(self, model: PipeModel) -> None:
+        """Begin with this model, and with nothing counted."""
+        self.cost_model = model
+        self._log = StepLog(model)
+        self._outcomes = Outcomes()
+        self._keeper: Keeper
+        if self._policy.keeps_budgets and self._cost is None:
+            self._keeper = BudgetKeeper(self.config, self._policy, model, self._jitter)
+        else:
+            self._keeper = NoBudgets(self._cost or TokenBudget(self.config.max_num_batched_tokens))
 
     @property
     def has_requests(self) -> bool:
@@ -217,6 +225,15 @@ class Scheduler:
         self._released.clear()
         self._in_flight.clear()
         self._memory.forget_prefixes()
+
+    def start_over(self, cost_model: PipeModel) -> None:
+        """What was computed until now was for measuring: forget contents, totals and lengths, and
+        go on with what was learnt. Nobody is alive and nothing in flight.
+        """
+        assert not self.has_work, "requests are alive"
+        self._learn(cost_model)
+        self._memory.forget_prefixes()
+        self._memory.num_prefix_queries = self._memory.num_prefix_hits = 0
 
     def stats(self) -> SchedulerStats:
         """Gauges and totals, as of now."""

@@ -9,7 +9,11 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+from random import Random
 from typing import NoReturn
 
 import msgspec
@@ -50,6 +54,7 @@ from shardline_server.messages import (
 from shardline_server.pipe_accounting import PipeAccounting
 from shardline_server.recovery import Recovery
 from shardline_server.stage_watch import StageWatch
+from shardline_server.step_costs import CostCache, StepCosts
 from shardline_server.timing import TimingListener
 from shardline_server.worker_group import WorkerFailed, WorkerGroup, WorkerLost
 from shardline_shards.messages import StageReport
@@ -162,10 +167,15 @@ class Engine:
                 max_num_waiting=config.max_num_waiting,
                 num_stages=config.layout.pp,
                 enable_prefix_cache=config.enable_prefix_caching,
-            )
+                policy=config.policy,
+            ),
+            jitter=_jitter(config.seed),
         )
+        cache = CostCache(Path(config.cache_dir), self.workers.config)
+        self.costs = StepCosts(self.scheduler, cache, config.measure_s)
+        self.costs.measure(self.workers, config.vocab_size)
         self.pipe, self._stage_watch = self._start_accounting(self.workers.config)
-        self.timing_listeners.append(self.pipe)
+        self.timing_listeners += [self.pipe, self.costs]
         self._ready = EngineReady(
             min(config.max_model_len, self.scheduler.config.max_request_tokens),
             num_blocks,
@@ -194,7 +204,7 @@ class Engine:
         """Serve until an exception ends it: WorkerFailed, or Leaving."""
         next_look = 0.0
         while True:
-            news = dict(self._poller.poll(int(_LOOK_INTERVAL_S * 1000)))
+            news = dict(self._poller.poll(self._patience_ms()))
             self.pipe.woke(now := time.monotonic())
             try:
                 if self._exits.fileno() in news or now >= next_look:
@@ -202,10 +212,16 @@ class Engine:
                     next_look = now + _LOOK_INTERVAL_S
                 self._read_inbox()
                 self._commit()
+                self._tell(self.scheduler.expire(time.monotonic()))
                 self._plan()
             except WorkerLost as loss:
                 self._recover(loss)
             self._publish()
+
+    def _patience_ms(self) -> int:
+        """How long there is nothing to do unless somebody says something."""
+        until_expiry_s = self.scheduler.next_expiry - time.monotonic()
+        return ceil(1000 * max(0.0, min(_LOOK_INTERVAL_S, until_expiry_s)))
 
     def fail(self, reason: str) -> None:
         """Tell every front end, also those whose greeting has not been read or has yet to come."""
@@ -271,10 +287,14 @@ class Engine:
                 self._commit_result(message)
 
     def _commit_result(self, result: StepResult) -> None:
-        self._has_news = True
         if result.timing is not None:
             self._observe([result.timing], result.timing.ended_at)
-        for output in self.scheduler.commit(result, time.monotonic()):
+        self._has_news = True
+        self._tell(self.scheduler.commit(result, time.monotonic()))
+
+    def _tell(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            self._has_news = True
             frontend, request_id = self._names[output.request_id]
             self._news.setdefault(frontend, []).append(_delta(request_id, output))
             if output.finish_reason is not None:
@@ -353,6 +373,12 @@ def _calm_garbage_collector() -> None:
     gc.set_threshold(50_000, 20, 100)
 
 
+def _jitter(seed: int) -> Callable[[], float]:
+    """Who is sent away together comes back spread over a fifth of the time."""
+    rng = Random(seed)
+    return lambda: rng.uniform(0.0, 0.2)
+
+
 def _leave(*_: object) -> None:
     raise Leaving
 
@@ -365,6 +391,7 @@ def _serve(engine: Engine) -> int:
     except Leaving:
         if engine.is_serving:
             engine.workers.stop()
+            engine.costs.save()
         else:
             engine.workers.kill()  # still loading: nobody reads a Stop
         return 0

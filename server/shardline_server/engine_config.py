@@ -47,7 +47,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     may still move between stages, by what nodes can hold, unless it `has_fixed_stages`. None for
     `kv_memory_bytes` (per worker) and `num_kv_blocks` means: as much as is free; for
     `threads_per_worker`: the node's cores, dealt out; for `layer_times`: nothing is known
-    of what layers take.
+    of what layers take. For `measure_s` seconds step times are measured before the first request,
+    and kept in `cache_dir`.
     """
 
     parent_pid: int
@@ -70,6 +71,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     enable_prefix_caching: bool
     threads_per_worker: int | None
     log_level: str
+    policy: str
+    measure_s: float
+    cache_dir: str
     nodes: NodesConfig | None = None
     layer_times: LayerTimes | None = None
 

@@ -87,6 +87,9 @@ def plan_engine(
         enable_prefix_caching=settings.enable_prefix_caching,
         threads_per_worker=settings.threads_per_worker,
         log_level=settings.log_level,
+        policy=settings.policy,
+        measure_s=settings.measure_seconds,
+        cache_dir=str(settings.cache),
         nodes=nodes,
         layer_times=times,
     )

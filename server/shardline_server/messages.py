@@ -8,7 +8,9 @@ ends, each with its own identity.
 
 from msgspec import Struct
 
+from shardline_scheduler.accuracy import Accuracy
 from shardline_scheduler.budget import BudgetOutcome, BudgetPrediction, LatencyBudget
+from shardline_scheduler.outcome import ClassStats
 from shardline_scheduler.plan import SamplingParams, TokenLogprobs
 from shardline_scheduler.request import FinishReason as FinishReason
 
@@ -69,7 +71,7 @@ class Delta(Struct, frozen=True, array_like=True):
 
 
 class EngineStats(Struct, frozen=True, array_like=True):
-    """Gauges and running totals, as of one step."""
+    """Gauges and running totals, as of one step; of budgets by class, and of predictions."""
 
     num_running: int
     num_waiting: int
@@ -81,6 +83,8 @@ class EngineStats(Struct, frozen=True, array_like=True):
     num_prefix_hits: int
     num_steps: int
     num_in_flight: int
+    classes: list[ClassStats]
+    accuracy: Accuracy
 
 
 class Output(Struct, frozen=True, tag=True):

@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from shardline_scheduler import Accuracy, ClassStats
 from shardline_server.budgets import BudgetTimes
 from shardline_server.engine_client import EngineClient
 from shardline_server.messages import EngineStats, FinishReason, PipeStats
@@ -85,6 +86,8 @@ class EngineCollector(Collector):
             total = CounterMetricFamily(f"shardline:{name}", text, labels=["model_name"])
             total.add_metric([self._model_name], value)
             yield total
+        yield from _budget_metrics(self._model_name, stats.classes)
+        yield from _accuracy_metrics(self._model_name, stats.accuracy)
         losses = CounterMetricFamily(
             "shardline:recoveries", "Times that lost workers were replaced.", labels=["model_name"]
         )
@@ -111,6 +114,48 @@ def _totals(stats: EngineStats) -> dict[str, tuple[str, float]]:
         "num_preemptions": ("Requests put back for lack of blocks.", stats.num_preemptions),
         "num_steps": ("Steps executed.", stats.num_steps),
     }
+
+
+def _budget_metrics(model_name: str, classes: list[ClassStats]) -> Iterator[Metric]:
+    """Attainment is met / (met + missed); with refused ones added below, over what was offered."""
+    for name, text, values in (
+        ("budget_met", "Requests that kept their latency budget.", [c.num_met for c in classes]),
+        ("budget_missed", "Requests that did not.", [c.num_missed for c in classes]),
+        ("budget_refused", "Requests refused by prediction.", [c.num_refused for c in classes]),
+        ("ttft_predictions", "First tokens predicted at arrival.", [c.num_ttft for c in classes]),
+        (
+            "ttft_predicted_seconds",
+            "Predicted times to first token.",
+            [c.predicted_ttft_s for c in classes],
+        ),
+        (
+            "ttft_prediction_error_seconds",
+            "By how much those predictions were off.",
+            [c.ttft_error_s for c in classes],
+        ),
+    ):
+        total = CounterMetricFamily(f"shardline:{name}", text, labels=["model_name", "class"])
+        for one, value in zip(classes, values, strict=True):
+            total.add_metric([model_name, one.priority.value], value)
+        yield total
+
+
+def _accuracy_metrics(model_name: str, accuracy: Accuracy) -> Iterator[Metric]:
+    for name, text, value in (
+        ("step_time_predicted_seconds", "What steps should have taken.", accuracy.predicted_s),
+        ("step_time_measured_seconds", "What those steps took.", accuracy.measured_s),
+    ):
+        total = CounterMetricFamily(f"shardline:{name}", text, labels=["model_name"])
+        total.add_metric([model_name], value)
+        yield total
+    error = GaugeMetricFamily(
+        "shardline:step_time_error",
+        "Relative error of predicted step times, over the last steps.",
+        labels=["model_name", "quantile"],
+    )
+    error.add_metric([model_name, "0.5"], accuracy.median_error)
+    error.add_metric([model_name, "0.9"], accuracy.p90_error)
+    yield error
 
 
 def _pipe_metrics(model_name: str, pipe: PipeStats) -> Iterator[Metric]:

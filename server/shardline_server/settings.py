@@ -157,6 +157,17 @@ class ServeSettings(BaseSettings):
     max_num_waiting: Annotated[Count, Flag("Memory and scheduling", "N")] = Field(
         1024, description="requests that may wait; more are refused with 503"
     )
+    policy: Annotated[Literal["edf", "fcfs"], Flag("Memory and scheduling")] = Field(
+        "edf",
+        description="edf keeps latency budgets and refuses those it cannot keep; fcfs serves in "
+        "the order of arrival, whatever the budgets",
+    )
+    measure_seconds: Annotated[float, Flag("Memory and scheduling", "SECONDS")] = Field(
+        1.0,
+        ge=0,
+        description="how long to measure step times at start; 0 learns them from requests, and "
+        "refuses nobody before",
+    )
     enable_prefix_caching: Annotated[bool, Flag("Memory and scheduling")] = Field(
         True, description="reuse the KV memory of equal prompt beginnings"
     )

@@ -130,6 +130,15 @@ def test_tokens_within_a_time_take_that_time(seconds: float, context: int):
     assert model.planned_seconds(load) > seconds
 
 
+def test_without_a_time_limit_any_number_of_tokens_fits():
+    load = StepLoad()
+    load.add(1, 50)
+    model = trained(600)
+    assert model.tokens_within(float("inf"), load, 0) > 1_000_000
+    model.compute_bound.fit.coefficients[1:] = [0.0] * 4
+    assert model.tokens_within(1.0, load, 0) > 1_000_000
+
+
 def test_a_pipe_is_as_fast_as_its_slowest_stage_and_as_long_as_all():
     random, pipe = Random(0), PipeModel.of_size(2)
     assert not pipe.is_ready

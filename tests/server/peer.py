@@ -9,6 +9,7 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
+from shardline_scheduler import Accuracy
 from shardline_scheduler.plan import TokenLogprobs
 from shardline_server.messages import (
     Abort,
@@ -24,7 +25,7 @@ from shardline_server.messages import (
 )
 
 WAIT_S = 30
-STATS = EngineStats(3, 2, 100, 25, 10, 1, 40, 30, 7, 2)
+STATS = EngineStats(3, 2, 100, 25, 10, 1, 40, 30, 7, 2, [], Accuracy())
 
 
 def delta(request_id: str, index: int = 0, token_ids=(), **values) -> Delta:

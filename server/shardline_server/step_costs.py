@@ -1,0 +1,144 @@
+"""The engine's cost model: from the cache or a sweep at first, from every step afterwards."""
+
+import hashlib
+import logging
+import os
+import platform
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from shardline_scheduler import PipeModel, Scheduler, StageModel, StepLoad
+from shardline_scheduler.cost_model import quantile
+from shardline_scheduler.plan import StageTiming
+from shardline_server.engine_config import EngineConfig
+from shardline_server.sweep import Measurements, Sweep
+from shardline_server.worker_group import WorkerGroup
+from shardline_shards.fingerprint import model_fingerprint
+
+logger = logging.getLogger("shardline.engine")
+
+FORMAT = 1
+# A cached fit is taken if a short sweep finds it this close, as a median of relative errors.
+_CLOSE_ENOUGH = 0.3
+_CHECK_PART = 0.25
+_ONE_DECODE = StepLoad(0, 1, 256, 0)
+_PROMPT = StepLoad(256, 0, 0, 256 * 255 // 2)
+
+
+class CostCache:
+    """Fits on disk, each for one model, split in one way, on one kind of host."""
+
+    def __init__(self, cache_dir: Path, config: EngineConfig) -> None:
+        layout = config.layout
+        facts = (
+            FORMAT,
+            model_fingerprint(Path(config.model_path)),
+            layout.tp,
+            layout.stage_layers,
+            config.dtype,
+            config.device,
+            config.threads_per_worker,
+            os.cpu_count(),
+            platform.machine(),
+            platform.node(),
+        )
+        name = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+        self.path = cache_dir / "step-costs" / f"{name}.json"
+
+    def load(self) -> PipeModel | None:
+        """The fit, if there is one that can be read."""
+        try:
+            return msgspec.json.decode(self.path.read_bytes(), type=PipeModel)
+        except FileNotFoundError:
+            return None
+        except (OSError, msgspec.MsgspecError) as error:
+            logger.warning("measuring anew, since %s cannot be read: %s", self.path, error)
+            return None
+
+    def save(self, model: PipeModel) -> None:
+        """Keep the fit for the next start; a cache that cannot be written is only slower."""
+        new = self.path.with_suffix(f".{os.getpid()}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            new.write_bytes(msgspec.json.encode(model))
+            new.replace(self.path)
+        except OSError as error:
+            logger.warning("step costs are not kept: %s", error)
+            with suppress(OSError):
+                new.unlink(missing_ok=True)
+
+
+class StepCosts:
+    """Feeds a scheduler's cost model; a TimingListener. `seconds` are spent on measuring before the
+    first request, less if the cached fit still holds; with 0 of them the cache is left alone.
+    """
+
+    def __init__(self, scheduler: Scheduler, cache: CostCache, seconds: float) -> None:
+        self._scheduler = scheduler
+        self._cache = cache
+        self._seconds = seconds
+
+    def measure(self, workers: WorkerGroup, vocab_size: int) -> None:
+        """Before the first request. Raises WorkerFailed."""
+        seconds = self._seconds
+        if not seconds:
+            return
+        started, model = time.monotonic(), self._cache.load()
+        measured = Sweep(self._scheduler, workers, vocab_size).run(
+            seconds if model is None else seconds * _CHECK_PART
+        )
+        if model is not None and _error_of(model, measured) > _CLOSE_ENOUGH:
+            logger.warning("the cached step costs are not those of this machine any more")
+            measured = Sweep(self._scheduler, workers, vocab_size).run(seconds)
+            model = None
+        if model is None:
+            model = _fitted(measured)
+            self._cache.save(model)
+        self._scheduler.start_over(model)
+        logger.info("%s, in %.1f s", describe(model), time.monotonic() - started)
+
+    def observe(self, timing: StageTiming) -> None:
+        """Learn what a step took of a stage."""
+        self._scheduler.observe(timing.step_id, timing.stage_index, timing.busy_s)
+
+    def save(self) -> None:
+        """Keep what has been learnt."""
+        if self._seconds and self._scheduler.cost_model.is_ready:
+            self._cache.save(self._scheduler.cost_model)
+
+
+def describe(model: PipeModel) -> str:
+    """One line on what steps cost."""
+    if not model.is_ready:
+        return "step costs: too few steps measured, learning from requests"
+    stages = ", ".join(
+        f"stage {index}: a decode {1e3 * stage.seconds(_ONE_DECODE):.1f} ms, "
+        f"256 prompt tokens {1e3 * stage.seconds(_PROMPT):.0f} ms"
+        for index, stage in enumerate(model.stages)
+    )
+    return f"step costs: {stages}"
+
+
+def _fitted(measured: Measurements) -> PipeModel:
+    model = PipeModel([StageModel.fitted(samples) for samples in measured.samples])
+    if model.is_ready and measured.trips:
+        model.trip_overhead_s = quantile(
+            [
+                max(0.0, trip_s - model.expected_trip_seconds(load))
+                for load, trip_s in measured.trips
+            ],
+            0.5,
+        )
+    return model
+
+
+def _error_of(model: PipeModel, measured: Measurements) -> float:
+    errors = [
+        abs(stage.seconds(sample.load) / sample.seconds - 1)
+        for stage, samples in zip(model.stages, measured.samples, strict=True)
+        for sample in samples
+    ]
+    return quantile(errors, 0.5) if errors else 0.0

@@ -1,0 +1,196 @@
+"""Some seconds of measuring before the first request: how long steps of several sizes take."""
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle
+
+from shardline_scheduler import Request, Sample, Scheduler, StepLoad
+from shardline_scheduler.cost_model import MIN_SAMPLES
+from shardline_scheduler.plan import SamplingParams, StageTiming, StepPlan, StepResult
+from shardline_server.worker_group import WorkerFailed, WorkerGroup, WorkerLost
+from shardline_shards.messages import StageReport
+
+logger = logging.getLogger("shardline.engine")
+
+_REPORTS_TAKE_S = 2.0
+_ENOUGH_STEPS = 2 * MIN_SAMPLES
+_CHECK_INTERVAL_MS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """`count` prompts of `num_tokens` tokens that come together, and the tokens that each says.
+
+    The first `num_shared` tokens are those of another prompt that has been computed before.
+    """
+
+    num_tokens: int
+    count: int = 1
+    num_outputs: int = 1
+    num_shared: int = 0
+
+
+# In the order of what is missed most; a slow machine gets through a few of them only.
+SHAPES = (
+    Shape(8, count=4, num_outputs=4),
+    Shape(64),
+    Shape(8, num_outputs=4),
+    Shape(256),
+    Shape(8, count=16, num_outputs=4),
+    Shape(320, num_shared=256),
+    Shape(128),
+    Shape(64, count=4, num_outputs=4),
+    Shape(32),
+    Shape(8, count=32, num_outputs=4),
+)
+
+
+@dataclass(slots=True)
+class Measurements:
+    """What came of a sweep: samples of each stage, and of each step's way through all of them."""
+
+    samples: list[list[Sample]]
+    trips: list[tuple[StepLoad, float]] = field(default_factory=list)
+
+
+class Sweep:
+    """Sends throw-away requests through an idle scheduler, one step in flight at a time."""
+
+    def __init__(self, scheduler: Scheduler, workers: WorkerGroup, vocab_size: int) -> None:
+        self._scheduler = scheduler
+        self._workers = workers
+        self._vocab_size = vocab_size
+        self._random = random.Random(0)
+        self._loads: dict[int, StepLoad] = {}
+        self._timings: list[StageTiming] = []
+        self._trips: dict[int, float] = {}
+        self._num_requests = 0
+
+    def run(self, seconds: float) -> Measurements:
+        """Measure until the time is over or every shape came three times; somewhat longer if that
+        is too little to learn from.
+
+        The first step of each kind of load is left out: memory has to be touched and kernels be
+        chosen. Raises WorkerFailed.
+        """
+        started = time.monotonic()
+        shapes = [shape for shape in SHAPES if self._fits(shape)]
+        for _, shape in zip(range(3 * len(shapes)), cycle(shapes), strict=False):
+            elapsed = time.monotonic() - started
+            if elapsed >= seconds and (len(self._loads) >= _ENOUGH_STEPS or elapsed >= 3 * seconds):
+                break
+            self._run(shape)
+        self._await_reports()
+        return self._measurements()
+
+    def _fits(self, shape: Shape) -> bool:
+        config = self._scheduler.config
+        num_tokens = shape.num_tokens + shape.num_outputs
+        num_blocks = shape.count * (-(-num_tokens // config.block_size) + 1)
+        return (
+            num_tokens <= config.max_request_tokens
+            and num_blocks <= config.num_blocks
+            and shape.count <= min(config.max_num_seqs, config.max_num_waiting)
+            and shape.num_tokens * shape.count <= config.max_num_batched_tokens
+        )
+
+    def _run(self, shape: Shape) -> None:
+        shared = self._prompt(shape.num_shared)
+        if shared:
+            self._add(shared, 1)
+            self._finish()
+        for _ in range(shape.count):
+            prompt = shared + self._prompt(shape.num_tokens - shape.num_shared)
+            self._add(prompt, shape.num_outputs)
+        self._finish()
+
+    def _prompt(self, num_tokens: int) -> list[int]:
+        return [self._random.randrange(self._vocab_size) for _ in range(num_tokens)]
+
+    def _add(self, prompt: Sequence[int], num_outputs: int) -> None:
+        self._num_requests += 1
+        sampling = SamplingParams(max_tokens=num_outputs, seed=0, temperature=0.0)
+        request = Request(f"sweep-{self._num_requests}", list(prompt), sampling)
+        self._scheduler.add(request, time.monotonic())
+
+    def _finish(self) -> None:
+        while self._scheduler.has_requests:
+            plan = self._scheduler.plan(time.monotonic())
+            assert plan is not None
+            self._loads[plan.step_id] = _load_of(plan)
+            started = time.monotonic()
+            self._workers.submit(plan)
+            result = self._await_result()
+            self._trips[plan.step_id] = time.monotonic() - started
+            self._scheduler.commit(result, time.monotonic())
+
+    def _await_result(self) -> StepResult:
+        while True:
+            for message in self._messages(lambda: True):
+                if isinstance(message, StepResult):
+                    return message
+
+    def _await_reports(self) -> None:
+        """Stages before the last report several steps at once, and late."""
+        num_expected = len(self._loads) * self._scheduler.config.num_stages
+        deadline = time.monotonic() + _REPORTS_TAKE_S
+        for _ in self._messages(
+            lambda: len(self._timings) < num_expected and time.monotonic() < deadline
+        ):
+            pass
+
+    def _messages(self, is_wanted: Callable[[], bool]) -> Iterator[StepResult | StageReport]:
+        """What workers say, as long as it is wanted; their timings are kept."""
+        while is_wanted():
+            try:
+                if not self._workers.socket.poll(_CHECK_INTERVAL_MS):
+                    self._workers.check()
+                    continue
+                for message in self._workers.results():
+                    self._keep(message)
+                    yield message
+            except WorkerLost as loss:
+                raise WorkerFailed(f"while step times were measured: {loss}") from loss
+
+    def _keep(self, message: StepResult | StageReport) -> None:
+        if isinstance(message, StageReport):
+            self._timings += message.timings
+        elif message.timing is not None:
+            self._timings.append(message.timing)
+
+    def _measurements(self) -> Measurements:
+        firsts = _first_steps(self._loads)
+        measured = Measurements([[] for _ in range(self._scheduler.config.num_stages)])
+        for timing in self._timings:
+            if timing.step_id not in firsts:
+                sample = Sample(self._loads[timing.step_id], timing.busy_s)
+                measured.samples[timing.stage_index].append(sample)
+        measured.trips = [
+            (self._loads[step_id], trip_s)
+            for step_id, trip_s in self._trips.items()
+            if step_id not in firsts
+        ]
+        return measured
+
+
+def _load_of(plan: StepPlan) -> StepLoad:
+    load = StepLoad()
+    for part in plan.scheduled:
+        load.add(part.num_scheduled_tokens, part.num_computed_tokens)
+    return load
+
+
+def _first_steps(loads: dict[int, StepLoad]) -> set[int]:
+    """Of each number of tokens, the first step that had as many, if there are others."""
+    firsts: dict[tuple[int, int], int] = {}
+    repeated = set()
+    for step_id, load in loads.items():
+        kind = (load.num_prefill_tokens, load.num_decodes)
+        if kind in firsts:
+            repeated.add(firsts[kind])
+        else:
+            firsts[kind] = step_id
+    return repeated
