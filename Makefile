@@ -2,11 +2,15 @@
 #
 #   PYTHON    the interpreter that the environment is made from: 3.11 or 3.12
 #   PIP_ARGS  passed to every pip call, e.g. PIP_ARGS="--index-url URL"
-#   ARGS      passed to `shardline serve`, to pytest or to the image's check
+#   ARGS      passed to `shardline serve`, to pytest, to the image's check or to a benchmark
+#   MODEL     what the benchmarks serve
+#   PEERS     a folder with other servers, for the benchmarks
 
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
+MODEL ?= demo
+PEERS ?=
 VENV ?= .venv
 
 BIN := $(VENV)/bin
@@ -16,7 +20,7 @@ KERNEL := $(VENV)/.kernel-built
 TEST_TOOLS := $(VENV)/.test-tools
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check format protos image-check clean \
+.PHONY: help setup serve test check format protos image-check bench-peers bench-budgets clean \
   check-format check-lint check-types check-layout
 
 help:  ## show the targets
@@ -72,6 +76,13 @@ protos: setup  ## generate the gRPC stubs from the .proto files
 	$(BIN)/python -m shardline_server.protos.build
 	$(BIN)/python -c "from pathlib import Path; from shardline_server.protos.build import build; \
 	  build(Path('clients/shardline_client/protos'), 'shardline_client.protos')"
+
+# PEERS=/path/to/peers holds other servers (see bench/servers.py); without it only ours run.
+bench-peers: setup  ## ours beside other servers, PEERS=FOLDER; results in build/bench
+	@$(BIN)/python bench/peers.py $(MODEL) $(if $(PEERS),--peers $(PEERS)) --out build/bench $(ARGS)
+
+bench-budgets: setup  ## who keeps latency budgets under load; as bench-peers
+	@$(BIN)/python bench/budgets.py $(MODEL) $(if $(PEERS),--peers $(PEERS)) --out build/bench $(ARGS)
 
 image-check:  ## run the Dockerfile's steps in a clean Debian root, and serve from there; needs root
 	@$(PYTHON) -m deploy.image_check $(ARGS)

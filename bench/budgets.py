@@ -1,0 +1,214 @@
+"""Who keeps latency budgets: ours and other servers under the same loads, below and past capacity.
+
+    python bench/budgets.py demo --peers /path/to/peers --out budgets --trace azure_2023_conv.csv
+
+Finds the largest rate at which the first policy meets its budget for 90 % of what is offered, by
+bisection, and then runs every load at multiples of that rate on every policy in turn. Requests have
+256 ± 50 % prompt and 64 ± 50 % output tokens, and TTFT ≤ 1.5 s and mean TPOT ≤ 100 ms to keep. All
+are judged by the client; a refusal is no success. Writes OUT/budgets.json, .md and .png. Run it
+alone on the machine.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import servers
+from client import bench
+from machine import machine_facts
+from servers import Missing, Running
+from tables import bars, markdown
+
+Result = dict[str, Any]
+
+SIZES = ["--prompt-tokens", "128:384", "--output-tokens", "32:96"]
+INTERACTIVE = "interactive:ttft=1500,tpot=100"
+PATIENCE = ["--timeout", "40"]  # the longest budget is over by then
+TARGET = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """A multiple of the capacity, and how it differs from plain Poisson arrivals."""
+
+    factor: float
+    options: list[str] = field(default_factory=lambda: [*SIZES, "--budget", INTERACTIVE])
+    has_trace: bool = False
+
+
+LOADS = {
+    "0.7x": Load(factor=0.7),
+    "1.5x": Load(factor=1.5),
+    "3x in bursts (CV 4)": Load(factor=3.0, options=[*SIZES, "--budget", INTERACTIVE, "--cv", "4"]),
+    "1x mixed": Load(
+        factor=1.0,
+        options=[
+            *SIZES,
+            *("--budget", f"{INTERACTIVE},share=0.7"),
+            *("--budget", "batch:deadline=30000,share=0.3,prompt=768:1024"),
+        ],
+    ),
+    "1x trace": Load(
+        factor=1.0, options=["--length-scale", "0.25", "--budget", INTERACTIVE], has_trace=True
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """A server, and whether it is told the budgets; only ours understand them."""
+
+    server: str
+    options: list[str] = field(default_factory=list)
+
+
+POLICIES = {name: Policy(server=name) for name in servers.SERVERS} | {
+    f"{name}, not told": Policy(server=name, options=["--no-send-budget"]) for name in servers.OURS
+}
+DEFAULT_POLICIES = [
+    *("shardline 1x1", "shardline 1x2"),
+    *("shardline 1x1, not told", "shardline 1x2, not told"),
+    *("vllm 2 threads", "vllm 2 stages"),
+]
+
+
+def find_capacity(server: Running, policy: Policy, arguments: argparse.Namespace) -> float:
+    """Requests per second."""
+    options = [*LOADS["0.7x"].options, *policy.options, *PATIENCE, "--find-capacity"]
+    options += ["--rate", str(arguments.first_rate), "--duration", str(arguments.seconds / 2)]
+    found = bench(server.url, options)["capacities"]
+    return float(next(one["rate"] for one in found if one["target"] == TARGET))
+
+
+def measure(
+    server: Running, load: Load, policy: Policy, capacity: float, arguments: argparse.Namespace
+) -> Result:
+    """The summary at one load. The first tenth of the time, and the last, are not counted."""
+    rate, seconds = capacity * load.factor, arguments.seconds
+    options = [*load.options, *policy.options, *PATIENCE, "--rate", f"{rate:.4g}"]
+    options += ["--num-requests", str(max(2, round(rate * seconds)))]
+    options += ["--num-seeds", str(arguments.num_seeds), "--seed", "1"]
+    options += ["--warm-up", str(seconds / 10), "--cool-down", str(seconds / 10)]
+    if load.has_trace:
+        options += ["--trace", str(arguments.trace)]
+    (point,) = bench(server.url, options)["points"]
+    return point["summary"] | {"rate": rate, "runs": point["runs"]}
+
+
+def run_policy(name: str, capacity: float | None, arguments: argparse.Namespace) -> Result:
+    """What one policy did under each load, and the capacity it was measured against."""
+    print(f"{name} …", file=sys.stderr, flush=True)
+    policy = POLICIES[name]
+    try:
+        with servers.running(policy.server, arguments.model_folder, arguments.peers) as server:
+            capacity = capacity or find_capacity(server, policy, arguments)
+            if not capacity:
+                return {"failed": f"it meets {TARGET:.0%} at no rate"}
+            loads = {
+                load: measure(server, LOADS[load], policy, capacity, arguments)
+                for load in arguments.loads
+                if arguments.trace is not None or not LOADS[load].has_trace
+            }
+        return {"capacity": capacity, "loads": loads}
+    except Missing as error:
+        return {"missing": str(error)}
+    except RuntimeError as error:
+        return {"failed": str(error)}
+
+
+def rows(results: dict[str, Result]) -> Iterator[list[str]]:
+    for load in LOADS:
+        for name, result in results.items():
+            if load not in result.get("loads", {}):
+                continue
+            figures = result["loads"][load]
+            budget = figures["budget"]
+            yield [
+                load,
+                name,
+                f"{figures['offered_per_s']:.2f}",
+                f"{budget['goodput_per_s']:.2f}",
+                *(
+                    f"{budget[share]:.0%}"
+                    for share in ("attainment", "admitted_attainment", "schedule_attainment")
+                ),
+                f"{budget['num_refused']} of {budget['num_offered']}",
+                _of(figures["refusal_ms"], "p99"),
+                *(_of(figures["ttft_ms"], percentile) for percentile in ("p50", "p90")),
+                _of(figures["tpot_ms"], "p90"),
+            ]
+
+
+def _of(latency: dict[str, float] | None, figure: str) -> str:
+    return "-" if latency is None else f"{latency[figure]:.0f}"
+
+
+def report(results: dict[str, Result], facts: dict[str, str]) -> str:
+    """The tables, in Markdown."""
+    capacities = [(one["capacity"], name) for name, one in results.items() if "capacity" in one]
+    capacity, reference = capacities[0] if capacities else (0.0, "nobody")
+    troubles = [
+        [name, word, result[word].splitlines()[0]]
+        for name, result in results.items()
+        for word in ("missing", "failed")
+        if word in result
+    ]
+    columns = ["load", "server", "offered/s", "goodput/s", "met", "admitted met", "each token"]
+    columns += ["refused", "refusal p99 ms", "TTFT p50 ms", "TTFT p90 ms", "TPOT p90 ms"]
+    return "\n".join(
+        [
+            "; ".join(f"{name}: {value}" for name, value in facts.items()) + ".",
+            f"1x is {capacity:.2f} requests/s, of which {reference} meets {TARGET:.0%}.\n",
+            markdown(columns, rows(results)),
+            *([markdown(["server", "", "why"], troubles)] if troubles else []),
+        ]
+    )
+
+
+def write(out: Path, results: dict[str, Result], facts: dict[str, str]) -> str:
+    """JSON, tables and chart; the tables."""
+    text = report(results, facts)
+    (out / "budgets.json").write_text(json.dumps({"machine": facts, "policies": results}, indent=1))
+    (out / "budgets.md").write_text(text)
+    met = {
+        load: {
+            name: 100 * result["loads"][load]["budget"]["attainment"]
+            for name, result in results.items()
+            if load in result.get("loads", {})
+        }
+        for load in LOADS
+    }
+    bars(out / "budgets.png", "Share of all offered requests within their budget, %", met)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--peers", type=Path, help="the folder that other servers lie in")
+    parser.add_argument("--out", type=Path, required=True, help="a folder for the results")
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=DEFAULT_POLICIES)
+    parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS))
+    parser.add_argument("--trace", type=Path, help="an Azure trace; without it that load is left")
+    parser.add_argument("--seconds", type=float, default=40, help="of arrivals, at each load")
+    parser.add_argument("--num-seeds", type=int, default=1)
+    parser.add_argument("--capacity", type=float, help="requests/s, in place of searching it")
+    parser.add_argument("--first-rate", type=float, default=2.0, help="that the search begins at")
+    arguments = parser.parse_args()
+    servers.leave_on_sigterm()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    arguments.model_folder = servers.model_folder(arguments.model)
+    facts, results, capacity = machine_facts(), {}, arguments.capacity
+    for name in arguments.policies:
+        results[name] = run_policy(name, capacity, arguments)
+        capacity = capacity or results[name].get("capacity")
+        text = write(arguments.out, results, facts)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
