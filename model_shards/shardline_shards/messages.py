@@ -20,7 +20,7 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
 
     `engine_address` is a ZMQ address. `host` is this worker's own address, where its tensors are
     received. `kv_memory_bytes` is the most that KV memory may take on this worker (None: its part
-    of what is free), `max_kv_blocks` the most that the engine has use for. The last four are set
+    of what is free), `max_kv_blocks` the most that the engine has use for. The last three are set
     by whoever starts the process; `cpu_ids` pins its `num_threads` threads (empty: not pinned).
     `generation` is the one that it starts in: 0, and one more for every time that ranks were lost.
     """
@@ -39,7 +39,6 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     max_kv_blocks: int
     log_level: str
     generation: int = 0
-    parent_pid: int = 0
     free_memory_share: float = 0.0
     num_threads: int = 1
     cpu_ids: tuple[int, ...] = ()

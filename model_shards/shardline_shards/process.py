@@ -17,7 +17,7 @@ def start_child(name: str, parent_pid: int) -> None:
 
     Ctrl-C reaches a whole foreground group; children leave it to their parent to stop them.
     """
-    setproctitle.setproctitle(f"shardline: {name}")
+    name_process(name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -25,6 +25,11 @@ def start_child(name: str, parent_pid: int) -> None:
             os._exit(1)
     else:
         threading.Thread(target=_watch_parent, args=(parent_pid,), daemon=True).start()
+
+
+def name_process(name: str) -> None:
+    """What `ps` calls this process."""
+    setproctitle.setproctitle(f"shardline: {name}")
 
 
 def _watch_parent(parent_pid: int) -> None:

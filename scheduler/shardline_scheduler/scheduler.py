@@ -27,6 +27,7 @@ from .cost import StepCost, StepLoad, TokenBudget
 from .cost_model import PipeModel
 from .errors import BudgetRefused, DuplicateRequest, QueueFull, RequestTooLong
 from .keeper import BudgetKeeper, Keeper, NoBudgets
+from .leaving import late_requests
 from .memory import KvMemory
 from .outcome import Outcomes, outcome_of
 from .outputs import RequestOutput, SchedulerStats
@@ -212,6 +213,10 @@ class Scheduler:
             self._outcomes.count(request.budget, outcome)
             outputs.append(RequestOutput.of(request, [], [], [], FinishReason.DEADLINE, outcome))
         return outputs
+
+    def late_at(self, deadline: float, now: float) -> list[Request]:
+        """The requests that will not be done by `deadline`."""
+        return late_requests(self._requests.values(), deadline, now)
 
     def requeue_all(self, now: float) -> None:
         """All KV is lost, and every plan in flight with it: everybody computes again what he has.

@@ -17,16 +17,31 @@ def start_child_process(
     module: str, config: Struct, *, environment: dict[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
     """Run `python -m module` with `config` as one line of JSON on its standard input."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", module],
+    process = prepare_child_process(module, environment=environment)
+    configure_child_process(process, config)
+    return process
+
+
+def prepare_child_process(
+    module: str, *arguments: str, environment: dict[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Run `python -m module arguments…`; it waits for its configuration."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=os.environ | (environment or {}),
     )
+
+
+def configure_child_process(process: subprocess.Popen[bytes], config: Struct) -> None:
+    """Give a prepared process its configuration; one that has died meanwhile is left to be found
+    dead.
+    """
     assert process.stdin is not None
-    process.stdin.write(msgspec.json.encode(config) + b"\n")
-    process.stdin.close()
-    return process
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(msgspec.json.encode(config) + b"\n")
+        process.stdin.close()
 
 
 def stop_child_processes(processes: list[subprocess.Popen[bytes]]) -> None:
@@ -37,8 +52,9 @@ def stop_child_processes(processes: list[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
 
 
 class ChildExits:

@@ -40,6 +40,7 @@ from shardline_server.engine_config import EngineAddress, EngineConfig
 from shardline_server.messages import (
     Abort,
     Delta,
+    Drain,
     EngineFailed,
     EngineReady,
     EngineRecovering,
@@ -63,6 +64,7 @@ from shardline_shards.process import start_child
 logger = logging.getLogger("shardline.engine")
 
 _LOOK_INTERVAL_S = 0.5
+_SPARE_AFTER_S = 3.0  # what has just begun to serve needs the cores itself
 _GREETING_TAKES_MS = 10_000
 _ERROR_CODES: dict[type[SchedulerError], str] = {
     QueueFull: "QueueFull",
@@ -150,6 +152,7 @@ class Engine:
         self._news: dict[bytes, list[Delta]] = {}
         self._has_news = False
         self._is_idle_and_checked = False
+        self._is_leaving = False
         self.timing_listeners: list[TimingListener] = []
         self.is_serving = False
 
@@ -183,7 +186,7 @@ class Engine:
             config.vocab_size,
         )
         logger.info("KV memory holds %d tokens", num_blocks * config.block_size)
-        self.frontends.send_all(self._ready)
+        self._is_back()
         self.is_serving = True
         self._poller = zmq.Poller()
         self._poller.register(self.frontends.socket, zmq.POLLIN)
@@ -235,10 +238,13 @@ class Engine:
         """Now and then: are all workers alive, and is every block accounted for when idle?"""
         self._exits.clear()
         self.workers.check()
-        pipe_stats = self.pipe.stats(time.monotonic())
+        now = time.monotonic()
+        pipe_stats = self.pipe.stats(now)
         self.frontends.send_all(pipe_stats)
         if self._stage_watch is not None:
             self._stage_watch.look(pipe_stats)
+        if self.config.keeps_spare and now >= self._spare_due:
+            self.workers.keep_spare()
         if not self.scheduler.has_work and not self._is_idle_and_checked:
             self.scheduler.check()
             self._is_idle_and_checked = True
@@ -248,7 +254,11 @@ class Engine:
         self.frontends.send_all(EngineRecovering(str(loss)))
         self.scheduler.requeue_all(time.monotonic())
         self._recovery.run(loss)
+        self._is_back()
+
+    def _is_back(self) -> None:
         self.frontends.send_all(self._ready)
+        self._spare_due = time.monotonic() + _SPARE_AFTER_S
 
     def _read_inbox(self) -> None:
         while (received := self.frontends.receive()) is not None:
@@ -261,8 +271,30 @@ class Engine:
                     self._admit(frontend, message)
                 case Abort():
                     self._abort(frontend, message.request_id)
+                case Drain():
+                    self._drain(message.grace_s)
+
+    def _drain(self, grace_s: float) -> None:
+        """Take nothing more; who would not be done in time is told so at once."""
+        self._is_leaving = True
+        now = time.monotonic()
+        for request in self.scheduler.late_at(now + grace_s, now):
+            message = f"The server is shutting down, and this would take longer than {grace_s:g} s."
+            self._end(request, "NotServing", message)
+
+    def _end(self, request: Request, code: str, message: str) -> None:
+        """End a request that is alive, with an error."""
+        frontend, request_id = self._names[request.request_id]
+        delta = _error(request_id, code, message, index=request.num_output_tokens)
+        self._news.setdefault(frontend, []).append(delta)
+        self._abort(frontend, request_id)
 
     def _admit(self, frontend: bytes, submit: Submit) -> None:
+        if self._is_leaving:
+            refusal = _error(submit.request_id, "NotServing", "The server is shutting down.")
+            self._news.setdefault(frontend, []).append(refusal)
+            self._has_news = True
+            return
         name = self._names.add(frontend, submit.request_id)
         self._has_news = True
         try:
@@ -344,9 +376,11 @@ def _refusal(request_id: str, error: SchedulerError) -> Delta:
         refusal = Refusal(
             retry_after_s=error.retry_after_s, asked=error.asked, predicted=error.predicted
         )
-    return Delta(
-        request_id, 0, [], [], [], FinishReason.ERROR, code, str(error), 0, refusal=refusal
-    )
+    return msgspec.structs.replace(_error(request_id, code, str(error)), refusal=refusal)
+
+
+def _error(request_id: str, code: str, message: str, *, index: int = 0) -> Delta:
+    return Delta(request_id, index, [], [], [], FinishReason.ERROR, code, message, 0)
 
 
 def main() -> None:

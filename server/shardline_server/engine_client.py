@@ -18,6 +18,7 @@ from shardline_server.errors import EngineUnavailable, NotServing
 from shardline_server.messages import (
     Abort,
     Delta,
+    Drain,
     EngineFailed,
     EngineReady,
     EngineRecovering,
@@ -27,6 +28,7 @@ from shardline_server.messages import (
     Hello,
     Output,
     PipeStats,
+    Refusal,
     Submit,
     ToEngine,
 )
@@ -124,6 +126,33 @@ class EngineClient:
     async def start(self) -> None:
         """Connect (the engine need not be there yet) and introduce ourselves."""
         self._context = zmq.asyncio.Context()
+        self._connect()
+
+    async def stop(self) -> None:
+        """Disconnect; open streams end with an error."""
+        self.fail("the server is shutting down", retry_after_s=NotServing.retry_after_s)
+        await self._disconnect()
+        self._context.destroy(linger=0)
+
+    def lose(self, reason: str) -> None:
+        """The engine is gone and another one is coming: open streams end with an error, new
+        requests are refused until `reconnect` and the new engine's greeting.
+        """
+        self._note_loss(reason)
+        message = f"The engine was lost and is being replaced: {reason}. Send the request again."
+        self._end_streams(message, NotServing.retry_after_s)
+
+    async def reconnect(self, address: str) -> None:
+        """To the engine that has taken the place of a lost one."""
+        await self._disconnect()
+        self._address = address
+        self._connect()
+
+    def drain(self, grace_s: float) -> None:
+        """The server leaves in `grace_s`: what will not be done by then is ended at once."""
+        self._send(Drain(grace_s))
+
+    def _connect(self) -> None:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.set_hwm(0)
         self._socket.linger = 0
@@ -131,13 +160,11 @@ class EngineClient:
         self._send(Hello())
         self._reader = asyncio.create_task(self._read())
 
-    async def stop(self) -> None:
-        """Disconnect; open streams end with an error."""
-        self.fail("the server is shutting down")
+    async def _disconnect(self) -> None:
         self._reader.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._reader
-        self._context.destroy(linger=0)
+        self._socket.close()
 
     async def wait_ready(self) -> EngineReady:
         """Until the engine can serve; raises EngineUnavailable if it failed instead."""
@@ -182,16 +209,24 @@ class EngineClient:
             self._send(request)
         return stream
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, retry_after_s: float | None = None) -> None:
         """The engine is gone: every open stream ends with an error. The first reason is kept."""
         if self.failure is None:
             self.failure = reason
-        message = f"Cannot serve: {self.failure}"
-        streams, self._streams = self._streams, {}
-        for request_id, stream in streams.items():
-            stream.put(terminal_delta(request_id, FinishReason.ERROR, message))
+        self._end_streams(f"Cannot serve: {self.failure}", retry_after_s)
         self._answered.set()
         self._failed.set()
+        self._changed.set()
+
+    def _end_streams(self, message: str, retry_after_s: float | None) -> None:
+        streams, self._streams = self._streams, {}
+        for request_id, stream in streams.items():
+            stream.put(error_delta(request_id, message, retry_after_s))
+
+    def _note_loss(self, reason: str) -> None:
+        self.is_recovering = True
+        self.last_loss = reason
+        self.num_losses += 1
         self._changed.set()
 
     def _abort_in_engine(self, request_ids: Sequence[str]) -> None:
@@ -226,10 +261,7 @@ class EngineClient:
                 self._answered.set()
                 self._changed.set()
             case EngineRecovering():
-                self.is_recovering = True
-                self.last_loss = message.reason
-                self.num_losses += 1
-                self._changed.set()
+                self._note_loss(message.reason)
             case EngineFailed():
                 self.fail(message.reason)
 
@@ -242,9 +274,8 @@ class EngineClient:
         stream.put(delta)
 
 
-def terminal_delta(request_id: str, reason: FinishReason, message: str | None = None) -> Delta:
-    """A terminal record that the front end writes itself, the engine being silent or gone."""
-    code = EngineUnavailable.__name__ if reason is FinishReason.ERROR else None
+def terminal_delta(request_id: str, reason: FinishReason) -> Delta:
+    """A terminal record that the front end writes itself."""
     return Delta(
         request_id=request_id,
         index=0,
@@ -252,7 +283,17 @@ def terminal_delta(request_id: str, reason: FinishReason, message: str | None = 
         logprobs=[],
         prompt_logprobs=[],
         finish_reason=reason,
-        error_code=code,
-        error_message=message,
+        error_code=None,
+        error_message=None,
         num_cached_tokens=0,
+    )
+
+
+def error_delta(request_id: str, message: str, retry_after_s: float | None) -> Delta:
+    """A terminal record that the front end writes itself, the engine being gone."""
+    return msgspec.structs.replace(
+        terminal_delta(request_id, FinishReason.ERROR),
+        error_code=EngineUnavailable.__name__,
+        error_message=message,
+        refusal=Refusal(retry_after_s=retry_after_s),
     )

@@ -76,6 +76,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     cache_dir: str
     nodes: NodesConfig | None = None
     layer_times: LayerTimes | None = None
+    keeps_spare: bool = True
 
 
 class EngineAddress(Struct, frozen=True):

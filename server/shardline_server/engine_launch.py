@@ -92,6 +92,7 @@ def plan_engine(
         cache_dir=str(settings.cache),
         nodes=nodes,
         layer_times=times,
+        keeps_spare=settings.spare_worker,
     )
 
 

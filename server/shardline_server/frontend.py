@@ -4,7 +4,6 @@ Start it, wait until it is ready, stop it. Signals and the engine's process are 
 """
 
 import asyncio
-import contextlib
 import logging
 import socket
 import time
@@ -17,14 +16,17 @@ import uvicorn
 from shardline_server.api_keys import ApiKeys, named_keys
 from shardline_server.budgets import BudgetPolicy
 from shardline_server.engine_client import EngineClient
-from shardline_server.errors import ConfigError, EngineUnavailable
+from shardline_server.errors import ConfigError
 from shardline_server.generation import GenerationService
 from shardline_server.grpc_api.server import GrpcServer
 from shardline_server.http_api.app import create_app
+from shardline_server.messages import EngineReady
 from shardline_server.metrics import Metrics
 from shardline_server.served_model import load_model_files
 
 logger = logging.getLogger("shardline.frontend")
+
+_CLOSING_TAKES_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,27 +117,49 @@ class Frontend:
         """The engine has died: every open stream ends with an error, and health says why."""
         self.engine.fail(reason)
 
-    async def stop(self, grace_s: float = 0.0) -> None:
-        """Accept nothing more, give open requests `grace_s` to finish, end the rest, close."""
+    def lose(self, reason: str) -> None:
+        """The engine has died and another one is coming: open streams end with an error."""
+        self.engine.lose(reason)
+
+    async def reconnect(self, engine_address: str) -> None:
+        """To the engine that has come; requests are taken again when it is ready."""
+        await self.engine.reconnect(engine_address)
+
+    async def drain(self, grace_s: float) -> None:
+        """Refuse what comes, and give what runs `grace_s`; the doors stay open to say so.
+
+        What is predicted to take longer ends at once.
+        """
         self._follower.cancel()
         self.service.refuse("the server is shutting down")
         await self._grpc.set_serving(False)
-        closing = asyncio.gather(self._http.stop(grace_s), self._grpc.stop(grace_s))
+        self.engine.drain(grace_s)
         await self.service.wait_idle(grace_s)
+
+    async def stop(self) -> None:
+        """End what runs, let the readers have the last words, close the doors."""
+        self._follower.cancel()
+        self.service.refuse("the server is shutting down")
+        closing = asyncio.gather(
+            self._http.stop(_CLOSING_TAKES_S), self._grpc.stop(_CLOSING_TAKES_S)
+        )
         await self.engine.stop()
         await closing
 
     async def _follow_engine(self) -> None:
-        with contextlib.suppress(EngineUnavailable):
-            ready = await self.engine.wait_ready()
-            names = self.config.served_model_names
-            self.service.attach(self._files.serve(names, ready, created=int(time.time())))
+        """Serve whenever the engine can, and with the limits of the one that is there now."""
         while self.engine.is_healthy:
+            if self.engine.is_serving:
+                self._attach(self.engine.require_ready())
             await self._grpc.set_serving(self.engine.is_serving)
-            self._serving.set()
             await self.engine.wait_changed()
         logger.error("No longer serving: %s", self.engine.failure)
         await self._grpc.set_serving(False)
+
+    def _attach(self, ready: EngineReady) -> None:
+        names = self.config.served_model_names
+        self.service.attach(self._files.serve(names, ready, created=int(time.time())))
+        self._serving.set()
 
 
 class HttpServer:

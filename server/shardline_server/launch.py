@@ -1,30 +1,29 @@
 """`shardline serve`: starts the engine, opens both doors, and ends everything in order."""
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
 
 from shardline_scheduler.budget import Priority
 from shardline_server.budgets import BudgetPolicy
-from shardline_server.child import describe_exit
 from shardline_server.engine_config import NodesConfig
-from shardline_server.engine_launch import EngineProcess, plan_engine
+from shardline_server.engine_launch import plan_engine
 from shardline_server.errors import ConfigError, EngineUnavailable
 from shardline_server.frontend import Addresses, Frontend, FrontendConfig
 from shardline_server.node_agent import run_node
 from shardline_server.node_launchers import find_launch
 from shardline_server.node_plan import plan_node
 from shardline_server.settings import ServeSettings
+from shardline_server.supervisor import Supervisor
 from shardline_shards.sources import resolve_model
 
 logger = logging.getLogger("shardline")
 
-_GRACE_S = 1.0
-_LAST_WORDS_TAKE_S = 1.0
+_FAILURE_SHOWS_S = 5.0  # for probes to see why; streams have ended by then
 
 
 def serve(settings: ServeSettings) -> int:
@@ -45,21 +44,21 @@ def serve(settings: ServeSettings) -> int:
     config = plan_engine(settings, model_path, launch)
     if config.nodes is not None:
         print(_waiting_line(config.nodes), flush=True)
-    engine = EngineProcess(config)
+    supervisor = Supervisor(config)
     try:
-        return asyncio.run(_serve(settings, model_path, engine))
+        return asyncio.run(_serve(settings, model_path, supervisor))
     finally:
-        engine.stop()
+        supervisor.stop()
 
 
-async def _serve(settings: ServeSettings, model_path: Path, engine: EngineProcess) -> int:
-    stopping = _stop_on_signals()
+async def _serve(settings: ServeSettings, model_path: Path, supervisor: Supervisor) -> int:
+    signals = _StopSignals()
     frontend = Frontend(
         FrontendConfig(
             host=settings.host,
             http_port=settings.port,
             grpc_port=settings.grpc_port,
-            engine_address=await asyncio.to_thread(engine.read_address),
+            engine_address=await supervisor.read_address(),
             model_path=model_path,
             served_model_names=(settings.model_name,),
             api_keys=settings.api_key,
@@ -70,28 +69,25 @@ async def _serve(settings: ServeSettings, model_path: Path, engine: EngineProces
         )
     )
     addresses = await frontend.start()
-    watch = asyncio.create_task(_watch(engine, frontend))
+    watch = asyncio.create_task(supervisor.watch(frontend))
     announce = asyncio.create_task(_announce(frontend, addresses, settings))
-    stop = asyncio.create_task(stopping.wait())
+    leave = asyncio.create_task(signals.first.wait())
     try:
-        await asyncio.wait({announce, stop}, return_when=asyncio.FIRST_COMPLETED)
-        if not stopping.is_set():
+        await asyncio.wait({announce, leave}, return_when=asyncio.FIRST_COMPLETED)
+        if not leave.done():
             await announce
-            await stop
+            await asyncio.wait({watch, leave}, return_when=asyncio.FIRST_COMPLETED)
+        if not leave.done():
+            logger.error("The server ends: %s", watch.result())
+            await asyncio.wait({leave}, timeout=_FAILURE_SHOWS_S)
+            return 1
+        await _first_of(frontend.drain(settings.grace_s), signals.second.wait())
     finally:
         watch.cancel()
         announce.cancel()
-        await frontend.stop(_GRACE_S)
-        await asyncio.to_thread(engine.stop)
+        await frontend.stop()
+        await asyncio.to_thread(supervisor.stop)
     return 0
-
-
-async def _watch(engine: EngineProcess, frontend: Frontend) -> None:
-    """An engine that ends while we serve fails every open stream and /health."""
-    status = await asyncio.to_thread(engine.wait)
-    with contextlib.suppress(TimeoutError):  # its own last words say more than its exit status
-        await asyncio.wait_for(frontend.wait_failed(), _LAST_WORDS_TAKE_S)
-    frontend.fail(f"the engine process {describe_exit(status)}")
 
 
 async def _announce(frontend: Frontend, addresses: Addresses, settings: ServeSettings) -> None:
@@ -136,9 +132,25 @@ request.sampling.temperature = 0; print(stub.Generate(request{metadata}))"
 """
 
 
-def _stop_on_signals() -> asyncio.Event:
-    stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopping.set)
-    return stopping
+class _StopSignals:
+    """SIGINT and SIGTERM: the first asks to leave, the second to be quick about it."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._receive)
+
+    def _receive(self) -> None:
+        (self.second if self.first.is_set() else self.first).set()
+
+
+async def _first_of(*waits: Coroutine[None, None, object]) -> None:
+    """Until one of them is done; the others are cancelled."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 import msgspec
 
-from shardline_server.child import describe_exit, start_child_process, stop_child_processes
+from shardline_server.child import (
+    configure_child_process,
+    describe_exit,
+    prepare_child_process,
+    stop_child_processes,
+)
 from shardline_shards.layout import Place, deal
 from shardline_shards.messages import WorkerConfig
 
@@ -32,6 +37,7 @@ class LocalWorkers:
     def __init__(self) -> None:
         self._processes: dict[Place, subprocess.Popen[bytes]] = {}
         self._configs: dict[Place, WorkerConfig] = {}
+        self._spare: subprocess.Popen[bytes] | None = None
 
     def start(self, configs: Sequence[WorkerConfig], threads_per_worker: int | None) -> None:
         """Start one process for each config; cores and free memory are dealt out among them."""
@@ -40,7 +46,6 @@ class LocalWorkers:
             share = _CUDA_MEMORY_SHARE if is_cuda else _CPU_MEMORY_SHARE / len(configs)
             self._configs[config.place] = msgspec.structs.replace(
                 config,
-                parent_pid=os.getpid(),
                 free_memory_share=share,
                 num_threads=threads_per_worker or max(1, len(cpu_ids)),
                 cpu_ids=cpu_ids,
@@ -48,12 +53,24 @@ class LocalWorkers:
             self._start(self._configs[config.place])
 
     def restart(self, places: Sequence[Place], generation: int) -> None:
-        """Start those workers anew, with the cores that they had; what is left of them is ended."""
+        """Start those workers anew, with the cores that they had; what is left of them is ended.
+
+        The first one takes the spare process, if there is one.
+        """
         for place in places:
             self._processes[place].kill()
         stop_child_processes([self._processes[place] for place in places])
         for place in places:
             self._start(msgspec.structs.replace(self._configs[place], generation=generation))
+
+    def keep_spare(self) -> None:
+        """See that a process is there that has imported torch, to take a dead worker's place.
+
+        With the threads that the first worker has; a worker sets its own when it is configured.
+        """
+        if self._spare is None or self._spare.poll() is not None:
+            num_threads = next(iter(self._configs.values())).num_threads
+            self._spare = _prepare(num_threads)
 
     def ended(self) -> list[Death]:
         """The workers that have ended."""
@@ -65,7 +82,11 @@ class LocalWorkers:
 
     def join(self) -> None:
         """Wait for workers that were told to stop; end those that do not."""
-        stop_child_processes(list(self._processes.values()))
+        processes = list(self._processes.values())
+        if self._spare is not None:
+            self._spare.kill()
+            processes.append(self._spare)
+        stop_child_processes(processes)
 
     def kill(self) -> None:
         """End all at once."""
@@ -74,11 +95,19 @@ class LocalWorkers:
         self.join()
 
     def _start(self, config: WorkerConfig) -> None:
-        self._processes[config.place] = start_child_process(
-            "shardline_shards.worker_process",
-            config,
-            environment=thread_environment(config.num_threads),
-        )
+        spare, self._spare = self._spare, None
+        is_alive = spare is not None and spare.poll() is None
+        process = spare if spare and is_alive else _prepare(config.num_threads)
+        configure_child_process(process, config)
+        self._processes[config.place] = process
+
+
+def _prepare(num_threads: int) -> subprocess.Popen[bytes]:
+    return prepare_child_process(
+        "shardline_shards.worker_process",
+        str(os.getpid()),
+        environment=thread_environment(num_threads),
+    )
 
 
 def thread_environment(num_threads: int) -> dict[str, str]:

@@ -38,6 +38,12 @@ class Abort(Struct, frozen=True, tag=True):
     request_id: str
 
 
+class Drain(Struct, frozen=True, tag=True):
+    """The server leaves in `grace_s`: take nothing more, and end at once what will not be done."""
+
+    grace_s: float
+
+
 class Refusal(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a refused client needs beside the message: when to come back, and what was asked for."""
 
@@ -138,5 +144,5 @@ class EngineFailed(Struct, frozen=True, tag=True):
     reason: str
 
 
-ToEngine = Hello | Submit | Abort
+ToEngine = Hello | Submit | Abort | Drain
 FromEngine = Output | PipeStats | EngineReady | EngineRecovering | EngineFailed

@@ -200,6 +200,16 @@ class ServeSettings(BaseSettings):
         Literal["interactive", "standard", "batch"], Flag("Latency budgets")
     ] = Field("standard", description="of a request that names none")
 
+    grace_s: Annotated[float, Flag("Running", "SECONDS")] = Field(
+        20.0,
+        ge=0,
+        description="how long requests may go on after SIGTERM; who would take longer ends at once",
+    )
+    spare_worker: Annotated[bool, Flag("Running")] = Field(
+        True,
+        description="keep a process ready to take a dead worker's place: seconds sooner, "
+        "for some 300 MB of memory",
+    )
     config: Annotated[Path | None, Flag("Running", "FILE")] = Field(
         None, description="a YAML file with any of these settings, as `max_model_len: 4096`"
     )

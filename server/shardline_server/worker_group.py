@@ -132,6 +132,10 @@ class WorkerGroup:
             self._raise_last_words()
             raise WorkerFailed(failure)
 
+    def keep_spare(self) -> None:
+        """See that a process is ready to take the place of a worker of this node."""
+        self._local.keep_spare()
+
     def stop(self) -> None:
         """Tell all workers to leave, and see that they do."""
         self._send_all(Stop())

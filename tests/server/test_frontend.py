@@ -78,7 +78,7 @@ def test_grace_lets_a_request_finish(own_peer, tokenizer_folder):
         with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
             lines = response.iter_lines()
             next(lines)
-            stopping = asyncio.run_coroutine_threadsafe(running.frontend.stop(30), running.loop)
+            stopping = asyncio.run_coroutine_threadsafe(running.frontend.drain(30), running.loop)
             request_id = own_peer.next_submit().request_id
             own_peer.send_deltas(delta(request_id, 1, [301], finish_reason="length"))
             assert [line for line in lines if line][-1] == "data: [DONE]"

@@ -1,5 +1,6 @@
 """`shardline serve` as a process: how it starts, how it refuses to, and what it leaves behind."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from shardline_server.errors import ConfigError
 from shardline_server.model_facts import read_model_facts
 
 WEIGHTS = "model.safetensors"
+LONG = {"prompt": [5, 6, 7], "max_tokens": 500, "ignore_eos": True, "stream": True}
+SHORT = {"max_tokens": 2, "stream": False}
 FREE_PORTS = ("--port", "0", "--grpc-port", "0")
 
 
@@ -111,17 +115,70 @@ def test_nothing_outlives_a_killed_server(serving) -> None:
     assert not alive
 
 
-def test_a_killed_engine_is_told_and_its_workers_go(serving) -> None:
+def test_a_killed_engine_is_replaced_and_its_streams_are_told(serving) -> None:
     _, children, url = serving
     engine, *workers = children
-    engine.kill()
+    with httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        engine.kill()
+        *_, last = [line for line in lines if line]
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert "signal 9" in error["message"]
+    assert error["retry_after_s"] > 0
+    refusal = httpx.post(f"{url}/v1/completions", json={"prompt": [5]}, timeout=60)
+    assert (refusal.status_code, "Retry-After" in refusal.headers) == (503, True)
     _, alive = psutil.wait_procs(workers, timeout=10)
     assert not alive
-    response = httpx.post(f"{url}/v1/completions", json={"prompt": [5]}, timeout=30)
-    assert response.status_code == 503
-    health = httpx.get(f"{url}/health", timeout=30)
-    assert health.status_code == 503
-    assert "signal 9" in health.text
+    while httpx.get(f"{url}/ready", timeout=60).status_code != 200:
+        time.sleep(0.1)
+    assert httpx.post(f"{url}/v1/completions", json=LONG | SHORT, timeout=60).status_code == 200
+    assert "signal 9" in httpx.get(f"{url}/health").json()["last_loss"]
+
+
+def test_a_worker_that_keeps_dying_ends_the_server(tiny_model: Path) -> None:
+    process = start(tiny_model, "--pp", "2", "--dtype", "float32")
+    url = read_url(process)
+    for _ in range(3):
+        children = psutil.Process(process.pid).children(recursive=True)
+        next(child for child in children if "stage=0" in process_name(child)).kill()
+        with contextlib.suppress(httpx.TransportError):
+            while httpx.get(f"{url}/ready", timeout=60).status_code == 200:
+                time.sleep(0.01)
+            while httpx.get(f"{url}/ready", timeout=60).status_code != 200:
+                time.sleep(0.1)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    line = next(line for line in errors.splitlines() if "The server ends" in line)
+    assert "3 times in" in line
+    assert "stage 0, tp rank 0 was killed by signal 9" in line
+
+
+@pytest.mark.parametrize(
+    ("grace", "number_of_signals", "last"),
+    [("60", 1, "[DONE]"), ("0", 1, "shutting down"), ("60", 2, "shutting down")],
+)
+def test_leaving(tiny_model: Path, grace: str, number_of_signals: int, last: str) -> None:
+    process = start(tiny_model, "--pp", "2", "--dtype", "float32", "--grace-s", grace)
+    url = read_url(process)
+    with (
+        httpx.Client(base_url=url, timeout=60) as client,
+        client.stream("POST", "/v1/completions", json=LONG | {"n": 8}) as response,
+    ):
+        lines = response.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        if grace != "0":
+            while (ready := client.get("/ready")).status_code == 200:
+                time.sleep(0.01)
+            assert (ready.status_code, "Retry-After" in ready.headers) == (503, True)
+            refusal = client.post("/v1/completions", json=LONG)
+            assert (refusal.status_code, "Retry-After" in refusal.headers) == (503, True)
+        for _ in range(1, number_of_signals):
+            process.send_signal(signal.SIGTERM)
+        assert last in [line for line in lines if line][-1]
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 0, errors
 
 
 def test_more_stages_than_layers(tiny_model: Path) -> None:
