@@ -14,6 +14,7 @@ import click
 from shardline_client.bench.classes import parse_class, parse_lengths
 
 if TYPE_CHECKING:
+    from shardline_client.bench.options import BenchOptions
     from shardline_client.settings import ClientOptions
 
 Decorator = Callable[[Any], Any]
@@ -77,7 +78,9 @@ _LENGTHS = _Parsed("N|LOW:HIGH", parse_lengths)
 _POSITIVE = click.FloatRange(0, min_open=True)
 
 
-def _with(decorators: tuple[Decorator, ...]) -> Decorator:
+def with_options(decorators: tuple[Decorator, ...]) -> Decorator:
+    """Several options at once, in their order."""
+
     def decorate(command: Any) -> Any:
         for decorator in reversed(decorators):
             command = decorator(command)
@@ -92,10 +95,10 @@ def main() -> None:
 
 
 @main.command(epilog=_URL)
-@_with(_CONNECTION)
+@with_options(_CONNECTION)
 @click.option("--system", help="the system prompt")
-@_with(_SAMPLING)
-@_with(_BUDGET)
+@with_options(_SAMPLING)
+@with_options(_BUDGET)
 def chat(url: str, system: str | None, **values: Any) -> None:
     """Talk to the model at URL. Ctrl-C stops an answer, Ctrl-D or /exit ends."""
     from shardline_client.chat import Conversation, make_view
@@ -108,10 +111,10 @@ def chat(url: str, system: str | None, **values: Any) -> None:
 
 
 @main.command(epilog=_URL)
-@_with(_CONNECTION)
+@with_options(_CONNECTION)
 @click.argument("text", required=False)
-@_with(_SAMPLING)
-@_with(_BUDGET)
+@with_options(_SAMPLING)
+@with_options(_BUDGET)
 def complete(url: str, text: str | None, **values: Any) -> None:
     """Continue TEXT (or what stdin holds, as it is) and write nothing but the continuation."""
     prompt = sys.stdin.read() if text is None or text == "-" else text
@@ -130,57 +133,69 @@ def complete(url: str, text: str | None, **values: Any) -> None:
             raise click.ClickException(f"The answer is not complete; it ended with {reason!r}.")
 
 
+# What is loaded, and with what; whoever simulates a load takes them too.
+LOAD: tuple[Decorator, ...] = (
+    click.option(
+        "--rate",
+        "rates",
+        type=_Parsed("R[,R…]", _parse_rates),
+        default=(),
+        help="new requests per second, however many are under way; several are run in turn",
+    ),
+    click.option(
+        "--cv", type=_POSITIVE, help="coefficient of variation of the gaps  [default: 1, Poisson]"
+    ),
+    click.option("--burstiness", type=_POSITIVE, help="the same as the gamma shape, 1 / CV²"),
+    click.option("--trace", type=_PATH, help="arrivals and lengths from an Azure LLM trace (CSV)"),
+    click.option(
+        "--time-scale", type=_POSITIVE, help="stretch the trace's times; --rate does it too"
+    ),
+    click.option("--length-scale", type=_POSITIVE, default=1.0, help="stretch the trace's lengths"),
+    click.option(
+        "--budget",
+        "budgets",
+        type=_Parsed("CLASS:…", parse_class),
+        multiple=True,
+        help="judge requests, as interactive:ttft=1500,tpot=100,share=0.7 (ms); may be repeated. "
+        "Also deadline, on_miss, and a class's own prompt and output lengths",
+    ),
+    click.option(
+        "--num-requests", type=click.IntRange(1), help="[default: 100 without --duration]"
+    ),
+    click.option(
+        "--duration", "duration_s", type=_POSITIVE, help="begin no request after so many seconds"
+    ),
+    click.option(
+        "--warm-up",
+        "warm_up_s",
+        type=click.FloatRange(0),
+        default=0.0,
+        help="do not count requests that arrive in the first so many seconds",
+    ),
+    click.option(
+        "--cool-down",
+        "cool_down_s",
+        type=click.FloatRange(0),
+        default=0.0,
+        help="nor those in the last so many seconds",
+    ),
+    click.option("--prompt-tokens", type=_LENGTHS, default="256", show_default=True),
+    click.option("--output-tokens", type=_LENGTHS, default="128", show_default=True),
+    click.option("--seed", type=int, help="of prompts, lengths and arrivals  [default: a new one]"),
+    click.option("--json", "json_file", type=_PATH, help="write all figures and requests there"),
+    click.option("--png", "png_file", type=_PATH, help="write a chart there (needs matplotlib)"),
+)
+
+
 @main.command(epilog=_URL)
-@_with(_CONNECTION)
+@with_options(_CONNECTION)
 @click.option("--concurrency", type=click.IntRange(1), help="so many at a time  [default: 1]")
-@click.option(
-    "--rate",
-    "rates",
-    type=_Parsed("R[,R…]", _parse_rates),
-    default=(),
-    help="instead: new requests per second, however many are under way; several are run in turn",
-)
-@click.option(
-    "--cv", type=_POSITIVE, help="coefficient of variation of the gaps  [default: 1, Poisson]"
-)
-@click.option("--burstiness", type=_POSITIVE, help="the same as the gamma shape, 1 / CV²")
-@click.option("--trace", type=_PATH, help="arrivals and lengths from an Azure LLM trace (CSV)")
-@click.option("--time-scale", type=_POSITIVE, help="stretch the trace's times; --rate does it too")
-@click.option("--length-scale", type=_POSITIVE, default=1.0, help="stretch the trace's lengths")
-@click.option(
-    "--budget",
-    "budgets",
-    type=_Parsed("CLASS:…", parse_class),
-    multiple=True,
-    help="judge requests, as interactive:ttft=1500,tpot=100,share=0.7 (ms); may be repeated. "
-    "Also deadline, on_miss, and a class's own prompt and output lengths",
-)
+@with_options(LOAD)
 @click.option(
     "--send-budget/--no-send-budget",
     default=None,
     help="tell the server its budgets  [default: on if the server is Shardline]",
 )
-@click.option("--num-requests", type=click.IntRange(1), help="[default: 100 without --duration]")
-@click.option(
-    "--duration", "duration_s", type=_POSITIVE, help="begin no request after so many seconds"
-)
-@click.option(
-    "--warm-up",
-    "warm_up_s",
-    type=click.FloatRange(0),
-    default=0.0,
-    help="do not count requests that arrive in the first so many seconds",
-)
-@click.option(
-    "--cool-down",
-    "cool_down_s",
-    type=click.FloatRange(0),
-    default=0.0,
-    help="nor those in the last so many seconds",
-)
-@click.option("--prompt-tokens", type=_LENGTHS, default="256", show_default=True)
-@click.option("--output-tokens", type=_LENGTHS, default="128", show_default=True)
-@click.option("--seed", type=int, help="of prompts, lengths and arrivals  [default: a new one]")
 @click.option(
     "--num-seeds", type=click.IntRange(1), default=1, help="run each rate with so many seeds"
 )
@@ -197,25 +212,29 @@ def complete(url: str, text: str | None, **values: Any) -> None:
     default=None,
     help="not to end before --output-tokens  [default: on if the server is Shardline]",
 )
-@click.option("--json", "json_file", type=_PATH, help="write all figures and requests there")
-@click.option("--png", "png_file", type=_PATH, help="write a chart there (needs matplotlib)")
-def bench(url: str, cv: float | None, burstiness: float | None, **values: Any) -> None:
+def bench(url: str, **values: Any) -> None:
     """Load the server at URL and tell how fast it answered.
 
     Any server with OpenAI's /v1/completions (or, with --chat, /v1/chat/completions) will do.
     """
     from shardline_client.bench.command import run
-    from shardline_client.bench.options import BenchOptions
 
     with _one_line_errors():
-        if cv is not None and burstiness is not None:
-            raise ValueError("--cv and --burstiness say the same; give one of them.")
         connection = _connection(values)
         files = values.pop("json_file"), values.pop("png_file")
-        given = {name: value for name, value in values.items() if value is not None}
-        given["cv"] = cv or (burstiness or 1.0) ** -0.5
-        status = run(url, connection, BenchOptions(**given), *files)
+        status = run(url, connection, bench_options(values), *files)
     click.get_current_context().exit(status)
+
+
+def bench_options(values: dict[str, Any]) -> "BenchOptions":
+    """What was said of a load. Raises ValueError where options exclude each other."""
+    from shardline_client.bench.options import BenchOptions
+
+    given = {name: value for name, value in values.items() if value is not None}
+    cv, burstiness = given.pop("cv", None), given.pop("burstiness", None)
+    if cv is not None and burstiness is not None:
+        raise ValueError("--cv and --burstiness say the same; give one of them.")
+    return BenchOptions(cv=cv or (burstiness or 1.0) ** -0.5, **given)
 
 
 def _connection(values: dict[str, Any]) -> "ClientOptions":

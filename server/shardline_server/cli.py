@@ -28,6 +28,9 @@ named by --config, as `max_model_len: 4096`. The command line wins, then variabl
 """
 
 
+_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
 class _Refusal(click.ClickException):
     exit_code = 2
 
@@ -99,6 +102,46 @@ def worker(log_level: str, join: str, secret: str | None, iface: str | None, **v
             values["address"] = find_address(iface)
         status = run_node(NodeSettings(board=parse_board(join), secret=secret, **values))
     click.get_current_context().exit(status)
+
+
+@main.command()
+@click.option("--stages", type=click.IntRange(1), help="of each replica [default: of the costs]")
+@click.option("--replicas", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--costs", type=_FILE, help="what steps cost, as a server keeps it in its cache")
+@click.option(
+    "--cost",
+    metavar="A,B,C,D,E",
+    help="instead: of each stage, ms a step, a prompt token, a decode, a token of context of a "
+    "decode, a prompt token times its context",
+)
+@click.option("--overhead-ms", type=click.FloatRange(0), help="of a step's way through the pipe")
+@click.option("--noise", type=click.FloatRange(0), default=0.0, help="spread of step times")
+@click.option(
+    "--router",
+    type=click.Choice(["earliest-finish", "fewest-requests"]),
+    default="earliest-finish",
+    show_default=True,
+)
+@click.option("--max-tokens", type=click.IntRange(1), help="hide output lengths behind this limit")
+@click.option("--policy", type=click.Choice(["edf", "fcfs"]), default="edf", show_default=True)
+@click.option("--kv-tokens", type=click.IntRange(1), default=131_072, show_default=True)
+@click.option("--max-model-len", type=click.IntRange(1), default=8192, show_default=True)
+@click.option("--max-num-seqs", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--max-num-batched-tokens", type=click.IntRange(1), default=2048, show_default=True)
+@click.option("--max-in-flight", type=click.IntRange(1), help="steps  [default: one a stage]")
+@click.option("--cache", type=click.Path(path_type=Path), help="where a server keeps what it knows")
+@client_commands.with_options(client_commands.LOAD)
+def simulate(**values: Any) -> None:
+    """Serve a load by the real scheduler and admission, on pipes that exist as numbers alone.
+
+    \b
+      shardline simulate --stages 4 --replicas 100 --rate 50 --budget interactive:ttft=1500,tpot=100
+      shardline simulate --trace azure.csv --time-scale 0.5
+    """
+    with _one_line_errors():
+        from shardline_server.simulate.arguments import simulate_as_said
+
+        simulate_as_said(values, client_commands.bench_options)
 
 
 @main.command()

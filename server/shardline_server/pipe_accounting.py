@@ -21,7 +21,7 @@ class _Step:
     """A step that not all stages have reported yet."""
 
     submitted_at: float
-    timings: list[StageTiming | None]
+    timings: dict[int, StageTiming] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -67,7 +67,7 @@ class PipeAccounting:
     def submitted(self, step_id: int, now: float) -> None:
         """A plan has been sent."""
         self._timeline.planned(self._since, now)
-        self._steps[step_id] = _Step(now, [None] * len(self._stages))
+        self._steps[step_id] = _Step(now)
         self._since = now
 
     def settled(self, has_work: bool, now: float) -> None:
@@ -80,9 +80,9 @@ class PipeAccounting:
         if step is None:
             return  # Of a pipe that was given up, or from before this account began.
         step.timings[timing.stage_index] = timing
-        timings = [known for known in step.timings if known is not None]
-        if len(timings) < len(self._stages):
+        if len(step.timings) < len(self._stages):
             return
+        timings = [step.timings[stage] for stage in range(len(self._stages))]
         self._drop_lost_steps(timing.step_id)
         for stage_index in range(len(self._stages)):
             self._account(step, timings, stage_index)

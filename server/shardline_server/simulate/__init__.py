@@ -1,0 +1,1 @@
+"""`shardline simulate`: the scheduler and its admission on a virtual clock."""
