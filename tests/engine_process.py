@@ -124,6 +124,7 @@ def engine_config(model: Path, layout: ParallelLayout, **overrides: object) -> E
         "model_path": str(model),
         "load_format": "auto",
         "layout": layout,
+        "has_fixed_stages": True,
         "dtype": "float32",
         "device": "cpu",
         "seed": 0,
