@@ -214,7 +214,7 @@ def test_a_trace_is_replayed_with_its_lengths(server, tmp_path):
         "2023-11-16 18:15:51.6805900,10,6\n"
     )
     scale = ("--time-scale", 0.01, "--length-scale", 0.5)
-    budgets = ("--budget", "standard:ttft=60000,share=0.5", "--budget", "batch:share=0.5")
+    budgets = ("--budget", "standard:share=0.5", "--budget", "batch:share=0.5")
     arguments = ("--trace", trace, *scale, *budgets, "--json", tmp_path / "run.json")
     done = bench(server["http"], *arguments)
     assert done.returncode == 0, done.stderr
@@ -223,4 +223,5 @@ def test_a_trace_is_replayed_with_its_lengths(server, tmp_path):
         (one["start_s"], one["num_prompt_tokens"], one["num_output_tokens"]) for one in requests
     )
     assert sent == [(0.0, 20, 4), (0.05, 5, 3), (0.1, 10, 2)]
-    assert all(one["met"] for one in requests)
+    assert all(one["met"] is one["is_told_met"] is True for one in requests)
+    assert "The server says the same of 3 of 3 budgets" in done.stdout

@@ -123,8 +123,8 @@ def test_attainment_is_of_all_that_was_offered():
     fast = RequestClass(name="interactive", ttft_ms=1000)
     slow = RequestClass(name="batch", ttft_ms=5000)
     records = [
-        record(times=(0.5,), class_name="interactive"),
-        record(times=(2.0,), class_name="interactive"),
+        record(times=(0.5,), class_name="interactive", is_told_met=True),
+        record(times=(2.0,), class_name="interactive", is_told_met=True),
         record(outcome=Outcome.REFUSED, class_name="interactive"),
         record(times=(4.0,), class_name="batch"),
         record(times=(0.1,), outcome=Outcome.EXPIRED, class_name="batch"),
@@ -134,6 +134,7 @@ def test_attainment_is_of_all_that_was_offered():
     assert summary.budget.admitted_attainment == 2 / 4
     assert summary.budget.schedule_attainment == 2 / 5
     assert summary.budget.goodput_per_s == 2 / 10
+    assert (summary.budget.num_told, summary.budget.num_agreed) == (2, 1)
     assert summary.num_expired == 1
     interactive = summary.budget_by_class["interactive"]
     assert (interactive.num_offered, interactive.attainment) == (3, 1 / 3)

@@ -163,7 +163,7 @@ class Load:
                     counts.append(len(piece.token_ids) or 1)
         except ClientError as error:
             return self._unserved(request, start_s, sent_s, error)
-        usage = stream.usage
+        usage, told = stream.usage, stream.latency_budget
         is_good = finish_reason in GOOD_ENDS
         return Record(
             start_s=start_s,
@@ -177,6 +177,7 @@ class Load:
             num_cached_tokens=usage.cached_tokens if usage else 0,
             num_output_tokens=usage.completion_tokens if usage else sum(counts),
             error=None if is_good else f"The answer ended with {finish_reason!r}.",
+            is_told_met=told.met if told and has_budget else None,
         )
 
     def _unserved(

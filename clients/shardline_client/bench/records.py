@@ -7,7 +7,7 @@ from itertools import pairwise
 
 
 class Outcome(StrEnum):
-    """How a request ended."""
+    """How a request ended; EXPIRED: the server ended it, since its deadline could not be kept."""
 
     OK = "ok"
     REFUSED = "refused"
@@ -22,7 +22,7 @@ class Record:
     `start_s` is when it was meant to be sent, `sent_s` when it was. `token_times_s` are the moments
     when pieces with tokens came, `token_counts` how many each brought: arrays of numbers, 10 bytes
     a piece, since a long run has millions. `num_output_tokens` is the server's count, or that of
-    the pieces if it has none. EXPIRED is one that the server ended for its deadline.
+    the pieces if it has none. `is_told_met` is what the server said of its budget, if it did.
     """
 
     start_s: float
@@ -37,6 +37,7 @@ class Record:
     num_output_tokens: int = 0
     error: str | None = None
     retry_after_s: float | None = None
+    is_told_met: bool | None = None
 
     @property
     def ttft_s(self) -> float | None:

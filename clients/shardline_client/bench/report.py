@@ -77,6 +77,9 @@ def _print_point(console: Console, point: Point) -> None:
         console.print(_budgets(point))
         if len(point.runs) > 1:
             console.print(_spread(point))
+        if summary.budget.num_told:
+            agreed = f"{summary.budget.num_agreed} of {summary.budget.num_told}"
+            console.print(f"The server says the same of {agreed} budgets that it answered under.")
     if (retry := summary.retry_after_ms) is not None:
         console.print(
             f"{summary.num_retry_after} of {summary.num_refused} refusals said when to come back: "
@@ -213,6 +216,7 @@ def _request_fields(record: Record, wanted: RequestClass) -> dict[str, Any]:
         "num_output_tokens": record.num_output_tokens,
         "error": record.error,
         "retry_after_s": record.retry_after_s,
+        "is_told_met": record.is_told_met,
     }
 
 

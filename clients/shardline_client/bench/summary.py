@@ -37,7 +37,8 @@ class Distribution:
 class Attainment:
     """How budgets were kept; whatever was offered counts, and a refusal is no success.
 
-    `num_on_schedule` are those that ended well with every single token in time.
+    `num_on_schedule` are those that ended well with every single token in time; of `num_told` the
+    server said itself whether it had kept the budget, and `num_agreed` times the same as we.
     """
 
     num_offered: int
@@ -46,6 +47,8 @@ class Attainment:
     num_on_schedule: int
     num_tokens: int
     num_late_tokens: int
+    num_told: int
+    num_agreed: int
     duration_s: float
 
     @property
@@ -178,15 +181,19 @@ def _attainment(
     judged = [(record, wanted[record.class_name]) for record in records]
     num_late = [num_late_tokens(record, one) for record, one in judged]
     are_ok = [record.outcome is Outcome.OK for record in records]
+    are_met = [is_met(record, one) for record, one in judged]
+    told = [record.is_told_met for record in records]
     return Attainment(
         num_offered=len(records),
         num_refused=sum(record.outcome is Outcome.REFUSED for record in records),
-        num_met=sum(is_met(record, one) for record, one in judged),
+        num_met=sum(are_met),
         num_on_schedule=sum(
             is_ok and not late for is_ok, late in zip(are_ok, num_late, strict=True)
         ),
         num_tokens=sum(record.num_output_tokens for record in records),
         num_late_tokens=sum(num_late),
+        num_told=sum(one is not None for one in told),
+        num_agreed=sum(one is ours for one, ours in zip(told, are_met, strict=True)),
         duration_s=duration_s,
     )
 
