@@ -74,9 +74,13 @@ def wait_for_failure(url: str) -> str:
 
 
 def test_a_wrong_secret(hosts: Hosts, tiny_model: Path) -> None:
-    head = start_head(hosts, tiny_model, "--pp", "2", "--join-timeout", "20")
-    assert "secrets of head and node differ" in refused(start_node(hosts, secret="another"))
-    assert "0 of 1 other nodes have come" in refused(head)
+    with ended(start_head(hosts, tiny_model, "--pp", "2")):
+        assert "secrets of head and node differ" in refused(start_node(hosts, secret="another"))
+
+
+def test_nodes_that_do_not_come_are_counted(hosts: Hosts, tiny_model: Path) -> None:
+    line = refused(start_head(hosts, tiny_model, "--pp", "2", "--join-timeout", "1"))
+    assert "after 1 s 0 of 1 other nodes have come (none)" in line
 
 
 def test_another_model(hosts: Hosts, tiny_model: Path, tmp_path: Path) -> None:
