@@ -1,5 +1,6 @@
 """Two hosts on one machine: network namespaces with an address each, and a wire between them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -30,6 +31,19 @@ class Hosts:
     @staticmethod
     def inside(namespace: str, *command: str) -> list[str]:
         return ["ip", "netns", "exec", namespace, *command]
+
+    def on(self, namespace: str, *command: str) -> list[str]:
+        """The same for a program of a host: the other node's have process ids of their own, as they
+        would on another machine, so that they find nothing of the head's but over the network.
+        """
+        alone = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+        return self.inside(namespace, *(alone if namespace == self.node else ()), *command)
+
+    def sent_bytes(self) -> int:
+        """What the head's end of the wire has sent."""
+        command = ["ip", "-n", self.head, "-json", "-stats", "link", "show", "wire0"]
+        shown = subprocess.run(command, check=True, capture_output=True).stdout
+        return int(json.loads(shown)[0]["stats64"]["tx"]["bytes"])
 
     @contextmanager
     def cut(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from tests.server.namespaces import DOOR_ADDRESS, HEAD_ADDRESS, NODE_ADDRESS, Hosts
 from tests.server.two_nodes import (
+    PROMPTS,
     RENDEZVOUS,
     ended,
     generate,
@@ -128,12 +129,16 @@ def test_shards_over_two_nodes_say_the_same_and_their_cost_is_told(
 ) -> None:
     crossing = ("--tp", "2", "--allow-tp-across-nodes")
     with launched(hosts, tiny_model, *crossing) as (head, _, url):
+        before = hosts.sent_bytes()
         assert generate(url) == tokens_of_one_process
+        sent_bytes = hosts.sent_bytes() - before
         head.send_signal(signal.SIGTERM)
         _, log = head.communicate(timeout=20)
-    # 2 of 3 layers, 36 values of 4 bytes, one other rank
+    token_bytes = 2 * 3 * 36 * 4  # sums of 3 layers, values of fp32, one other rank
     warning = "shards of stage 0 lie on several nodes: each token costs every rank 0.8 KiB in 6 rou"
     assert warning in log
+    num_tokens = sum(map(len, PROMPTS)) + sum(len(t) - 1 for t in tokens_of_one_process)
+    assert sent_bytes >= num_tokens * token_bytes
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ PORT = 29500
 RENDEZVOUS = f"{HEAD_ADDRESS}:{PORT}"
 SECRET = "a secret of the tests"
 PYTHON = [sys.executable, "-m", "shardline_server"]
+_RNG = random.Random(5)
+PROMPTS = [[_RNG.randrange(3, 400) for _ in range(_RNG.randint(1, 60))] for _ in range(8)]
 HEAD_OPTIONS = (
     *("--host", DOOR_ADDRESS, "--port", "0", "--grpc-port", "0"),
     *("--dtype", "float32", "--threads-per-worker", "1"),
@@ -26,7 +28,7 @@ def start(
     hosts: Hosts, namespace: str, *command: str, secret: str = SECRET, **variables: str
 ) -> subprocess.Popen:
     return subprocess.Popen(
-        hosts.inside(namespace, *command),
+        hosts.on(namespace, *command),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -91,10 +93,8 @@ def read_url_after_join_line(head: subprocess.Popen) -> str:
 
 
 def generate(url: str) -> list[list[int]]:
-    """Eight greedy requests at once, mixed lengths."""
-    rng = random.Random(5)
-    prompts = [[rng.randrange(3, 400) for _ in range(rng.randint(1, 60))] for _ in range(8)]
-    body = {"prompt": prompts, "max_tokens": 20, "temperature": 0, "return_token_ids": True}
+    """The continuations of PROMPTS, all at once and greedy."""
+    body = {"prompt": PROMPTS, "max_tokens": 20, "temperature": 0, "return_token_ids": True}
     response = httpx.post(f"{url}/v1/completions", json=body, timeout=120)
     response.raise_for_status()
     return [choice["token_ids"] for choice in response.json()["choices"]]
