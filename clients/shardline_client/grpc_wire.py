@@ -140,6 +140,8 @@ def error_of(error: grpc.aio.AioRpcError) -> ClientError:
 def _kind(code: grpc.StatusCode, *, is_from_server: bool) -> type[ClientError]:
     if code is grpc.StatusCode.UNAVAILABLE:  # grpc itself says so where there is no connection
         return Overloaded if is_from_server else ConnectionFailed
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and not is_from_server:
+        return InvalidRequest  # grpc's own word for a message that is too long
     return _ERRORS.get(code, ServerError)
 
 

@@ -3,9 +3,11 @@
 import hashlib
 import hmac
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from pathlib import Path
 
-from shardline_server.errors import AuthenticationFailed, InvalidRequest
+from shardline_server.door_config import DoorConfig
+from shardline_server.errors import AuthenticationFailed, ConfigError, InvalidRequest
 
 TENANT_HEADER = "X-Tenant"
 _TENANT = re.compile(r"[\w.@:/-]{1,64}")
@@ -42,20 +44,34 @@ class ApiKeys:
         return matches[0]
 
 
-def named_keys(keys: Sequence[str]) -> dict[str, str]:
-    """Keys and their tenants from `TENANT=KEY`, or from KEY alone: then `key1`, `key2`, …
+def read_keys(door: DoorConfig) -> dict[str, str]:
+    """All keys and their tenants; a key without a name is tenant `key1`, `key2`, …
 
     What stands before `=` counts as a name only if it can be one and something else than the
-    padding of base64 follows.
+    padding of base64 follows. Raises ConfigError, which shows no key.
     """
-    named = {}
-    for number, text in enumerate(keys, 1):
-        tenant, _, key = text.partition("=")
-        if _TENANT.fullmatch(tenant) and key.strip("="):
-            named[key] = tenant
-        else:
-            named[text] = f"key{number}"
+    lines = [*door.api_keys]
+    if door.api_key_file is not None:
+        lines += _lines_of(door.api_key_file)
+    named: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        tenant, _, key = line.partition("=")
+        if not (_TENANT.fullmatch(tenant) and key.strip("=")):
+            tenant, key = f"key{number}", line
+        if named.setdefault(key, tenant) != tenant:
+            raise ConfigError(f"tenants {named[key]} and {tenant} have the same API key")
     return named
+
+
+def _lines_of(file: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the API keys in {file}: {error}") from error
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise ConfigError(f"{file} holds no API key, and without one everybody could come in")
+    return keys
 
 
 def bearer_token(authorization: str | None) -> str | None:

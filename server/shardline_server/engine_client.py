@@ -1,7 +1,7 @@
 """The front end's end of the wire to the engine: requests out, Deltas in. Token ids only.
 
-A slow reader holds up nobody: each group of requests has its own queue, and that may grow, since
-`max_tokens` bounds what can come.
+A slow reader holds up nobody: each group of requests has its own queue, and a reader that is too
+far behind is ended alone.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from shardline_server.errors import EngineUnavailable, NotServing
+from shardline_server.errors import EngineUnavailable, NotServing, ReaderTooSlow, ShardlineError
 from shardline_server.messages import (
     Abort,
     Delta,
@@ -42,10 +42,18 @@ class DeltaStream:
     Leaving the `with` block aborts in the engine what has not ended.
     """
 
-    def __init__(self, request_ids: Sequence[str], abort: Callable[[Sequence[str]], None]) -> None:
+    def __init__(
+        self,
+        request_ids: Sequence[str],
+        abort: Callable[[Sequence[str]], None],
+        *,
+        max_unread: int,
+    ) -> None:
+        """`max_unread` Deltas of each request may wait for the reader."""
         self._open = set(request_ids)
         self._abort_in_engine = abort
         self._queue: asyncio.Queue[Delta] = asyncio.Queue()
+        self._max_unread = max_unread * len(request_ids)
 
     def __enter__(self) -> "DeltaStream":
         return self
@@ -75,6 +83,16 @@ class DeltaStream:
     def put(self, delta: Delta) -> None:
         """Called by the reader of the wire."""
         self._queue.put_nowait(delta)
+        if self._queue.qsize() > self._max_unread:
+            self._end_for_lack_of_reading()
+
+    def _end_for_lack_of_reading(self) -> None:
+        self._abort_in_engine(list(self._open))
+        while not self._queue.empty():
+            self._queue.get_nowait()
+        error = ReaderTooSlow(f"{self._max_unread} pieces were left unread; the request was ended.")
+        for request_id in self._open:
+            self._queue.put_nowait(failure_delta(request_id, error))
 
     def close(self, request_ids: Sequence[str]) -> None:
         """The reader wants no more of these: they are aborted, and nothing more comes for them."""
@@ -93,8 +111,9 @@ class DeltaStream:
 class EngineClient:
     """One connection to one engine, with any number of open requests."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, max_unread_pieces: int) -> None:
         self._address = address
+        self._max_unread = max_unread_pieces
         self._streams: dict[str, DeltaStream] = {}
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
         self._answered = asyncio.Event()
@@ -202,7 +221,11 @@ class EngineClient:
     def submit(self, requests: Sequence[Submit]) -> DeltaStream:
         """Send requests; their Deltas come in the returned stream. Raises EngineUnavailable."""
         self.require_ready()
-        stream = DeltaStream([request.request_id for request in requests], self._abort_in_engine)
+        stream = DeltaStream(
+            [request.request_id for request in requests],
+            self._abort_in_engine,
+            max_unread=self._max_unread,
+        )
         for request in requests:
             assert request.request_id not in self._streams, request.request_id
             self._streams[request.request_id] = stream
@@ -219,9 +242,10 @@ class EngineClient:
         self._changed.set()
 
     def _end_streams(self, message: str, retry_after_s: float | None) -> None:
+        error = EngineUnavailable(message, refusal=Refusal(retry_after_s=retry_after_s))
         streams, self._streams = self._streams, {}
         for request_id, stream in streams.items():
-            stream.put(error_delta(request_id, message, retry_after_s))
+            stream.put(failure_delta(request_id, error))
 
     def _note_loss(self, reason: str) -> None:
         self.is_recovering = True
@@ -289,11 +313,11 @@ def terminal_delta(request_id: str, reason: FinishReason) -> Delta:
     )
 
 
-def error_delta(request_id: str, message: str, retry_after_s: float | None) -> Delta:
-    """A terminal record that the front end writes itself, the engine being gone."""
+def failure_delta(request_id: str, error: ShardlineError) -> Delta:
+    """The same for an error, which `generation.error_of` turns into an exception again."""
     return msgspec.structs.replace(
         terminal_delta(request_id, FinishReason.ERROR),
-        error_code=EngineUnavailable.__name__,
-        error_message=message,
-        refusal=Refusal(retry_after_s=retry_after_s),
+        error_code=type(error).__name__,
+        error_message=error.message,
+        refusal=Refusal(retry_after_s=error.retry_after_s),
     )

@@ -2,7 +2,10 @@
 
 ShardlineError
 ├── InvalidRequest            400 INVALID_ARGUMENT     the request is wrong; `param` names the field
-│   └── PromptTooLong         400 INVALID_ARGUMENT
+│   ├── PromptTooLong         400 INVALID_ARGUMENT
+│   ├── RequestTooLarge       413 INVALID_ARGUMENT     gRPC says it itself, as RESOURCE_EXHAUSTED
+│   ├── HeadersTooLarge       431 INVALID_ARGUMENT     likewise
+│   └── SlowRequest           408 INVALID_ARGUMENT     it did not arrive whole in time
 ├── AuthenticationFailed      401 UNAUTHENTICATED
 ├── ModelNotFound             404 NOT_FOUND
 ├── QueueFull                 503 RESOURCE_EXHAUSTED   come back later
@@ -13,6 +16,7 @@ ShardlineError
 ├── EngineUnavailable         503 UNAVAILABLE          dead
 │   └── NotServing            503 UNAVAILABLE          not ready yet, or leaving
 ├── RequestFailed             500 INTERNAL             accepted, then failed
+├── ReaderTooSlow             408 ABORTED              what it made was not read
 └── ConfigError               at start only            the operator can mend it; no traceback
 """
 
@@ -57,6 +61,27 @@ class PromptTooLong(InvalidRequest):
     """Prompt and output do not fit the context window; the message says how long is allowed."""
 
     code = "context_length_exceeded"
+
+
+class RequestTooLarge(InvalidRequest):
+    """The body is longer than the operator allows."""
+
+    http_status = 413
+    code = "request_too_large"
+
+
+class HeadersTooLarge(InvalidRequest):
+    """The headers are longer than the operator allows."""
+
+    http_status = 431
+    code = "headers_too_large"
+
+
+class SlowRequest(InvalidRequest):
+    """The request did not arrive whole in the time that it has."""
+
+    http_status = 408
+    code = "slow_request"
 
 
 class AuthenticationFailed(ShardlineError):
@@ -144,6 +169,15 @@ class RequestFailed(ShardlineError):
     """The request was accepted and could not be finished."""
 
     code = "request_failed"
+
+
+class ReaderTooSlow(ShardlineError):
+    """The client left too much unread; the request was ended for it, and for nobody else."""
+
+    http_status = 408
+    grpc_code = "ABORTED"
+    type = "invalid_request_error"
+    code = "reader_too_slow"
 
 
 class ConfigError(ShardlineError):

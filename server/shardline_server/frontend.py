@@ -5,21 +5,20 @@ Start it, wait until it is ready, stop it. Signals and the engine's process are 
 
 import asyncio
 import logging
-import socket
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import uvicorn
-
-from shardline_server.api_keys import ApiKeys, named_keys
+from shardline_server.api_keys import ApiKeys, read_keys
 from shardline_server.budgets import BudgetPolicy
+from shardline_server.door_config import DoorConfig
 from shardline_server.engine_client import EngineClient
 from shardline_server.errors import ConfigError
 from shardline_server.generation import GenerationService
 from shardline_server.grpc_api.server import GrpcServer
-from shardline_server.http_api.app import create_app
+from shardline_server.http_api.app import create_admin_app, create_app
+from shardline_server.http_api.server import HttpServer
 from shardline_server.messages import EngineReady
 from shardline_server.metrics import Metrics
 from shardline_server.served_model import load_model_files
@@ -43,9 +42,9 @@ class FrontendConfig:
     engine_address: str
     model_path: Path
     served_model_names: tuple[str, ...]
-    api_keys: tuple[str, ...] = ()
     default_max_tokens: int = 512
     budgets: BudgetPolicy = field(default_factory=BudgetPolicy)
+    door: DoorConfig = field(default_factory=DoorConfig)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +54,21 @@ class Addresses:
     host: str
     http_port: int
     grpc_port: int
+    admin_port: int | None = None
+    is_secure: bool = False
 
     @property
     def http_url(self) -> str:
         """For an HTTP client on this host."""
-        return f"http://{url_host(self.host)}:{self.http_port}"
+        return self._url(self.http_port)
+
+    @property
+    def admin_url(self) -> str:
+        """Where metrics and documentation are."""
+        return self._url(self.http_port if self.admin_port is None else self.admin_port)
+
+    def _url(self, port: int) -> str:
+        return f"http{'s' * self.is_secure}://{url_host(self.host)}:{port}"
 
     @property
     def grpc_target(self) -> str:
@@ -72,13 +81,17 @@ class Frontend:
 
     def __init__(self, config: FrontendConfig) -> None:
         self.config = config
-        self.engine = EngineClient(config.engine_address)
+        limits = config.door.limits
+        self.engine = EngineClient(
+            config.engine_address, max_unread_pieces=limits.max_unread_pieces
+        )
         metrics = Metrics(config.served_model_names[0], self.engine)
         self.service = GenerationService(
             self.engine,
             metrics,
             default_max_tokens=config.default_max_tokens,
             budgets=config.budgets,
+            limits=limits,
         )
         self._serving = asyncio.Event()
 
@@ -89,20 +102,46 @@ class Frontend:
         """
         config = self.config
         self._files = await asyncio.to_thread(load_model_files, config.model_path)
-        keys = ApiKeys(named_keys(config.api_keys))
-        self._http = HttpServer(self.service, keys)
-        self._grpc = GrpcServer(self.service, keys)
-        http_port = self._http.bind(config.host, config.http_port)
-        try:
-            grpc_port = self._grpc.bind(config.host, config.grpc_port)
-        except ConfigError:
-            self._http.close()
-            raise
+        addresses = self._bind()
         await self.engine.start()
-        await self._http.start()
+        for http in self._http:
+            await http.start()
         await self._grpc.start()
         self._follower = asyncio.create_task(self._follow_engine())
-        return Addresses(config.host, http_port, grpc_port)
+        return addresses
+
+    def _bind(self) -> Addresses:
+        """Make every server and take its port, or none."""
+        host, door = self.config.host, self.config.door
+        if door.tls is not None:
+            door.tls.check()
+        self._keys = ApiKeys(read_keys(door))
+        public = create_app(self.service, self._keys, door)
+        apps = {public: self.config.http_port}
+        if door.admin_port is not None:
+            apps[create_admin_app(self.service, public)] = door.admin_port
+        self._http = [HttpServer(app, door.limits, door.tls) for app in apps]
+        self._grpc = GrpcServer(self.service, self._keys, door)
+        with ExitStack() as bound:
+            ports: list[int | None] = []
+            for http, port in zip(self._http, apps.values(), strict=True):
+                ports.append(http.bind(host, port))
+                bound.callback(http.close)
+            grpc_port = self._grpc.bind(host, self.config.grpc_port)
+            bound.pop_all()
+        http_port, admin_port = [*ports, None][:2]
+        assert http_port is not None
+        return Addresses(host, http_port, grpc_port, admin_port, door.tls is not None)
+
+    def reload_keys(self) -> None:
+        """Read the file of API keys again; one that cannot be used changes nothing."""
+        try:
+            keys = read_keys(self.config.door)
+        except ConfigError as error:
+            logger.error("The API keys stay as they were: %s", error)
+            return
+        self._keys.replace(keys)
+        logger.info("%d API keys are valid from now on", len(keys))
 
     async def wait_ready(self) -> None:
         """Until requests can be served; raises EngineUnavailable if the engine fails instead."""
@@ -140,9 +179,8 @@ class Frontend:
         """End what runs, let the readers have the last words, close the doors."""
         self._follower.cancel()
         self.service.refuse("the server is shutting down")
-        closing = asyncio.gather(
-            self._http.stop(_CLOSING_TAKES_S), self._grpc.stop(_CLOSING_TAKES_S)
-        )
+        doors: tuple[HttpServer | GrpcServer, ...] = (*self._http, self._grpc)
+        closing = asyncio.gather(*(door.stop(_CLOSING_TAKES_S) for door in doors))
         await self.engine.stop()
         await closing
 
@@ -160,58 +198,6 @@ class Frontend:
         names = self.config.served_model_names
         self.service.attach(self._files.serve(names, ready, created=int(time.time())))
         self._serving.set()
-
-
-class HttpServer:
-    """uvicorn on a socket that is bound beforehand, without its signal handlers."""
-
-    def __init__(self, service: GenerationService, keys: ApiKeys) -> None:
-        app = create_app(service, keys)
-        self._server = _Uvicorn(
-            uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none")
-        )
-
-    def bind(self, host: str, port: int) -> int:
-        """Take the port; returns the real one. Raises ConfigError."""
-        try:
-            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-            self._socket = socket.create_server((host, port), family=family)
-        except OSError as error:
-            raise port_error("HTTP", host, port, str(error.strerror)) from error
-        return int(self._socket.getsockname()[1])
-
-    async def start(self) -> None:
-        """Returns when connections are accepted."""
-        self._task = asyncio.create_task(self._server.serve([self._socket]))
-        await self._server.has_started.wait()
-
-    async def stop(self, grace_s: float) -> None:
-        """Close idle connections, wait for the others: a little longer than `grace_s`."""
-        self._server.config.timeout_graceful_shutdown = int(grace_s) + 2
-        self._server.should_exit = True
-        await self._task
-
-    def close(self) -> None:
-        """Give the port back without having started."""
-        self._socket.close()
-
-
-class _Uvicorn(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.has_started = asyncio.Event()
-
-    def capture_signals(self) -> nullcontext[None]:  # type: ignore[override]
-        return nullcontext()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.has_started.set()
-
-
-def port_error(door: str, host: str, port: int, reason: str) -> ConfigError:
-    """What the operator is told when a door cannot open."""
-    return ConfigError(f"{door} cannot listen at {host}:{port} ({reason}); choose another port.")
 
 
 def url_host(host: str) -> str:

@@ -14,17 +14,20 @@ from shardline_scheduler.budget import BudgetOutcome, LatencyBudget
 from shardline_server import errors
 from shardline_server.budgets import BudgetPolicy, outcome_of, worst_outcome
 from shardline_server.choice import Choice, Piece, joined
+from shardline_server.door_config import DoorLimits
 from shardline_server.engine_client import DeltaStream, EngineClient
 from shardline_server.errors import (
     DeadlineMissed,
     InvalidRequest,
     NotServing,
     ShardlineError,
+    TenantQuotaExceeded,
 )
 from shardline_server.messages import Delta, FinishReason, Refusal, Submit
 from shardline_server.metrics import ChoiceTimer, Metrics
 from shardline_server.prompts import Prompt
-from shardline_server.request_fields import MAX_CHOICES, SamplingFields
+from shardline_server.request_fields import SamplingFields
+from shardline_server.request_limits import check_size
 from shardline_server.sampling import choice_seed, to_sampling_params
 from shardline_server.served_model import ServedModel
 
@@ -137,6 +140,11 @@ class Generation:
         )
 
     @property
+    def tenant(self) -> str:
+        """Whose request it is."""
+        return self._terms.tenant
+
+    @property
     def outcome(self) -> BudgetOutcome | None:
         """How its latency budget was kept; of several choices the worst. None until the end."""
         if len(self._outcomes) < len(self.choices):
@@ -173,11 +181,13 @@ class GenerationService:
         *,
         default_max_tokens: int,
         budgets: BudgetPolicy,
+        limits: DoorLimits,
     ) -> None:
         self.engine = engine
         self.metrics = metrics
         self.default_max_tokens = default_max_tokens
         self._budgets = budgets
+        self._limits = limits
         self._model: ServedModel | None = None
         self._running: dict[str, Generation] = {}
         self._idle = asyncio.Event()
@@ -224,10 +234,9 @@ class GenerationService:
         """A Generation, not yet started. Raises InvalidRequest and its kin."""
         if request_id in self._running:
             raise InvalidRequest(f"request_id {request_id} is in use.", param="request_id")
+        check_size(fields, len(prompts), self._limits)
+        self._check_share(caller.tenant)
         num_choices = fields.n or 1
-        if num_choices * len(prompts) > MAX_CHOICES:
-            message = f"{len(prompts)} prompts with n={num_choices}: at most {MAX_CHOICES} choices."
-            raise InvalidRequest(message, param="n")
         choices: list[Choice] = []
         for prompt in prompts:
             params = to_sampling_params(
@@ -242,6 +251,14 @@ class GenerationService:
         budget = self._budgets.budget_of(fields.latency_budget, call_deadline_ms=caller.deadline_ms)
         terms = Terms(budget=budget, tenant=caller.tenant)
         return Generation(request_id, choices, terms, self)
+
+    def _check_share(self, tenant: str) -> None:
+        limit = self._limits.max_tenant_requests
+        if limit is None:
+            return
+        running = sum(generation.tenant == tenant for generation in self._running.values())
+        if running >= limit:
+            raise TenantQuotaExceeded(f"{running} requests of yours are under way already.")
 
     def abort(self, request_id: str) -> bool:
         """Abort a running request by its id; False if there is none."""

@@ -61,14 +61,15 @@ async def _serve(settings: ServeSettings, model_path: Path, supervisor: Supervis
             engine_address=await supervisor.read_address(),
             model_path=model_path,
             served_model_names=(settings.model_name,),
-            api_keys=settings.api_key,
             default_max_tokens=settings.default_max_tokens,
             budgets=BudgetPolicy(
                 classes=settings.budget_classes, default=Priority(settings.default_priority)
             ),
+            door=settings.door_config(),
         )
     )
     addresses = await frontend.start()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, frontend.reload_keys)
     watch = asyncio.create_task(supervisor.watch(frontend))
     announce = asyncio.create_task(_announce(frontend, addresses, settings))
     leave = asyncio.create_task(signals.first.wait())
@@ -112,12 +113,12 @@ def _waiting_line(nodes: NodesConfig) -> str:
 
 def _banner(addresses: Addresses, settings: ServeSettings) -> str:
     name, url, target = settings.model_name, addresses.http_url, addresses.grpc_target
-    has_key = bool(settings.api_key)
+    has_key = bool(settings.api_key or settings.api_key_file)
     key_header = " -H 'Authorization: Bearer YOUR_KEY'" if has_key else ""
     metadata = ", metadata=[('authorization', 'Bearer YOUR_KEY')]" if has_key else ""
     return f"""
 Shardline serves {name}: {settings.pp} stages x {settings.tp} shards
-  HTTP  {url}   (documentation at {url}/docs)
+  HTTP  {url}   (documentation at {addresses.admin_url}/docs)
   gRPC  {target}
 
   curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key_header} \\

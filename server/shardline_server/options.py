@@ -7,9 +7,11 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import click
+from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 
-from shardline_server.settings import Flag, ServeSettings
+from shardline_server.flags import Flag
+from shardline_server.settings import GROUPS, ServeSettings
 
 
 class GroupedOption(click.Option):
@@ -24,8 +26,8 @@ class GroupedCommand(click.Command):
     """A command whose help lists its options group by group; its docstring describes arguments."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write one section for each group, in the order of the fields, and --help last."""
-        sections: dict[str, list[tuple[str, str]]] = {}
+        """Write one section for each group, in the order of GROUPS, and --help last."""
+        sections: dict[str, list[tuple[str, str]]] = {group: [] for group in GROUPS}
         for option in self.get_params(ctx):
             group = option.group if isinstance(option, GroupedOption) else "Help"
             record = option.get_help_record(ctx)
@@ -75,4 +77,6 @@ def _help(field: FieldInfo) -> str:
         return field.description or ""
     if isinstance(default, bool):
         default = "on" if default else "off"
+    if isinstance(default, ByteSize):
+        default = default.human_readable(separator="")
     return f"{field.description} [default: {default}]"

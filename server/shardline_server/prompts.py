@@ -11,7 +11,7 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
 from shardline_server.errors import InvalidRequest
-from shardline_server.request_fields import described
+from shardline_server.request_fields import MAX_CHOICES, described
 from shardline_server.sampling import check_prompt
 from shardline_server.served_model import ServedModel
 from shardline_server.strict_model import StrictModel, refusal
@@ -30,10 +30,10 @@ def _as_list_of_prompts(value: Any) -> Any:
 
 PromptList = Annotated[
     list[str] | list[list[int]],
-    Field(min_length=1),
+    Field(min_length=1, max_length=MAX_CHOICES),
     described(
         "Must be a string, a list of strings, a list of token ids, or a list of such lists, "
-        "and not empty."
+        f"and not empty, with at most {MAX_CHOICES} prompts."
     ),
     BeforeValidator(
         _as_list_of_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]

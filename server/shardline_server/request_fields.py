@@ -21,7 +21,10 @@ from shardline_server.budgets import BudgetFields
 from shardline_server.errors import InvalidRequest
 from shardline_server.strict_model import StrictModel, refusal
 
+MAX_BIASES = 1024
 MAX_CHOICES = 1024
+MAX_N = 128
+MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
 
@@ -95,14 +98,14 @@ def _one_as_list(value: Any) -> Any:
 NonEmptyText = Annotated[str, Field(min_length=1, max_length=1024)]
 StopStrings = Annotated[
     list[NonEmptyText],
-    Field(max_length=16),
-    described("Must be a non-empty string, or a list of at most 16 of them."),
+    Field(max_length=MAX_STOP_STRINGS),
+    described(f"Must be a non-empty string, or a list of at most {MAX_STOP_STRINGS} of them."),
     BeforeValidator(_one_as_list, json_schema_input_type=str | list[str]),
 ]
 LogitBias = Annotated[
     dict[Annotated[int, Field(strict=False)], Annotated[float, Field(ge=-100, le=100)]],
-    Field(max_length=1024),
-    described("Must map at most 1024 token ids to numbers from -100 to 100."),
+    Field(max_length=MAX_BIASES),
+    described(f"Must map at most {MAX_BIASES} token ids to numbers from -100 to 100."),
 ]
 TokenId = Annotated[int, Field(ge=0)]
 
@@ -131,7 +134,7 @@ class SamplingFields(StrictModel, ABC):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     logit_bias: LogitBias | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     skip_special_tokens: bool | None = None
     latency_budget: BudgetFields | None = None
 

@@ -5,7 +5,6 @@ the defaults. What nobody knows is refused, wherever it was set.
 """
 
 import os
-from dataclasses import dataclass
 from difflib import get_close_matches
 from ipaddress import ip_address
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
-    BeforeValidator,
     ByteSize,
     Field,
     SecretStr,
@@ -22,45 +20,31 @@ from pydantic import (
 )
 from pydantic_settings import (
     BaseSettings,
-    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     YamlConfigSettingsSource,
 )
 
-from shardline_server.budgets import BudgetClasses
+from shardline_server.door_settings import DoorSettings
 from shardline_server.errors import ConfigError
+from shardline_server.flags import CommaSeparated, Count, Flag
 from shardline_shards.cache import default_cache_dir
 
 ENV_PREFIX = "SHARDLINE_"
+GROUPS = (
+    "Model",
+    "Splitting",
+    "Several nodes",
+    "Memory and scheduling",
+    "HTTP and gRPC",
+    "Who may come in",
+    "Latency budgets",
+    "Limits",
+    "Running",
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Flag:
-    """How a setting looks on the command line: its help group, placeholder and further names."""
-
-    group: str
-    metavar: str = ""
-    aliases: tuple[str, ...] = ()
-
-
-def _split_commas(value: object) -> object:
-    return value.split(",") if isinstance(value, str) else value
-
-
-def _parse_yaml(value: object) -> object:
-    try:
-        return yaml.safe_load(value) if isinstance(value, str) else value
-    except yaml.YAMLError as error:
-        raise ValueError("this is not YAML") from error
-
-
-CommaSeparated = (NoDecode, BeforeValidator(_split_commas))
-Port = Annotated[int, Field(ge=0, le=65535)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class ServeSettings(BaseSettings):
+class ServeSettings(DoorSettings, BaseSettings):
     """What the operator asked for; validated, and never changed afterwards."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
@@ -172,34 +156,6 @@ class ServeSettings(BaseSettings):
         True, description="reuse the KV memory of equal prompt beginnings"
     )
 
-    host: Annotated[str, Flag("HTTP and gRPC", "ADDRESS")] = Field(
-        "127.0.0.1", description="the address both doors listen at; 0.0.0.0 for every one"
-    )
-    port: Annotated[Port, Flag("HTTP and gRPC", "PORT")] = Field(
-        8000, description="of HTTP; 0 takes a free one"
-    )
-    grpc_port: Annotated[Port, Flag("HTTP and gRPC", "PORT")] = Field(
-        50051, description="of gRPC; 0 takes a free one"
-    )
-    api_key: Annotated[
-        tuple[Annotated[str, Field(min_length=1)], ...],
-        *CommaSeparated,
-        Flag("HTTP and gRPC", "KEY"),
-    ] = Field((), repr=False, description="a key that clients must show; may be repeated")
-    default_max_tokens: Annotated[Count, Flag("HTTP and gRPC", "TOKENS")] = Field(
-        512, description="output limit of a request that names none"
-    )
-
-    budget_classes: Annotated[
-        BudgetClasses, NoDecode, BeforeValidator(_parse_yaml), Flag("Latency budgets", "YAML")
-    ] = Field(
-        BudgetClasses(),
-        description="limits of the priorities, as '{interactive: {ttft_ms: 500, tpot_ms: 50}}'",
-    )
-    default_priority: Annotated[
-        Literal["interactive", "standard", "batch"], Flag("Latency budgets")
-    ] = Field("standard", description="of a request that names none")
-
     grace_s: Annotated[float, Flag("Running", "SECONDS")] = Field(
         20.0,
         ge=0,
@@ -243,10 +199,16 @@ class ServeSettings(BaseSettings):
                 f"kv_memory {int(self.kv_memory)} bytes and num_kv_blocks {self.num_kv_blocks} "
                 "say the same thing; give one"
             )
-        if self.port == self.grpc_port != 0:
-            raise ValueError(
-                f"port and grpc_port are both {self.port}; HTTP and gRPC need one each"
-            )
+        taken: dict[int, str] = {}
+        for name in ("port", "grpc_port", "admin_port"):
+            port = getattr(self, name)
+            if port and port in taken:
+                raise ValueError(f"{taken[port]} and {name} are both {port}; each needs its own")
+            taken[port] = name
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together; give both or neither")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("tls_client_ca needs tls_cert and tls_key: only TLS asks clients")
         if self.iface is not None and self.internal_host is not None:
             raise ValueError(
                 f"iface {self.iface} and internal_host {self.internal_host} "

@@ -15,6 +15,8 @@ from tests.server.peer import EnginePeer
 from tests.server.running import RunningFrontend, running_frontend
 from tests.tiny import save_tiny
 
+from shardline_server.door_config import DoorConfig
+
 DOORS = ("http", "grpc")
 
 
@@ -91,7 +93,9 @@ def peer() -> Iterator[EnginePeer]:
 
 @pytest.fixture
 def frontend(peer: EnginePeer, tokenizer_folder: Path) -> Iterator[RunningFrontend]:
-    with running_frontend(peer.address, tokenizer_folder, api_keys=("right",)) as running:
+    with running_frontend(
+        peer.address, tokenizer_folder, door=DoorConfig(api_keys=("right",))
+    ) as running:
         yield running
 
 

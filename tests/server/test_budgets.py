@@ -18,6 +18,7 @@ from shardline_scheduler.budget import (
     Priority,
 )
 from shardline_server.budgets import BudgetClass, BudgetClasses, BudgetPolicy
+from shardline_server.door_config import DoorConfig
 from shardline_server.messages import FinishReason, Refusal
 from shardline_server.protos.shardline.v1 import generation_pb2 as pb
 from shardline_server.protos.shardline.v1.generation_pb2_grpc import GenerationStub
@@ -403,7 +404,7 @@ def test_a_choice_that_the_front_end_ends_is_told_by_its_own_clock(http):
 def test_a_tenant_is_named_by_its_key(tokenizer_folder, peer):
     keys = ("alice=first", "second", "abc==")
     with (
-        running_frontend(peer.address, tokenizer_folder, api_keys=keys) as running,
+        running_frontend(peer.address, tokenizer_folder, door=DoorConfig(api_keys=keys)) as running,
         httpx.Client(base_url=running.addresses.http_url) as http,
         grpc.insecure_channel(running.addresses.grpc_target) as channel,
     ):

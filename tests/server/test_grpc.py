@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 from tests.server.peer import delta, made_up_logprobs, silence
 from tests.server.running import running_frontend
 
+from shardline_server.door_config import DoorConfig
 from shardline_server.messages import EngineFailed, FinishReason
 from shardline_server.protos.shardline.v1 import generation_pb2 as pb
 from shardline_server.protos.shardline.v1.generation_pb2_grpc import GenerationStub
@@ -205,7 +206,9 @@ def test_reflection_lists_and_describes_the_service(running):
 
 def test_keys_guard_the_service_but_not_health(own_peer, tokenizer_folder):
     with (
-        running_frontend(own_peer.address, tokenizer_folder, api_keys=("key",)) as running,
+        running_frontend(
+            own_peer.address, tokenizer_folder, door=DoorConfig(api_keys=("key",))
+        ) as running,
         grpc.insecure_channel(running.addresses.grpc_target) as channel,
     ):
         stub = GenerationStub(channel)

@@ -8,6 +8,7 @@ import pytest
 from tests.server.peer import WAIT_S, delta, made_up_logprobs, silence
 from tests.server.running import running_frontend
 
+from shardline_server.door_config import DoorConfig
 from shardline_server.messages import EngineFailed, FinishReason, PipeStats, StageStats
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -329,7 +330,9 @@ def test_before_the_engine_is_ready_only_health_is_good(tokenizer_folder, own_pe
 
 def test_keys(tokenizer_folder, peer):
     with (
-        running_frontend(peer.address, tokenizer_folder, api_keys=("a key", "b")) as running,
+        running_frontend(
+            peer.address, tokenizer_folder, door=DoorConfig(api_keys=("a key", "b"))
+        ) as running,
         httpx.Client(base_url=running.addresses.http_url) as http,
     ):
         for headers in ({}, {"Authorization": "Bearer c"}, {"Authorization": "Basic b"}):

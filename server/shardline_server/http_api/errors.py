@@ -81,6 +81,8 @@ async def _validation(request: Request, error: Exception) -> Response:
 async def _router(request: Request, error: Exception) -> Response:
     """Unknown paths, wrong methods, and bodies that cannot be parsed at all."""
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, ShardlineError):
+        return error_response(error.__cause__)
     messages = {
         404: f"Unknown path {request.url.path}; /docs lists what there is.",
         405: f"{request.url.path} does not answer {request.method}.",

@@ -12,7 +12,7 @@ from shardline_server.messages import PipeStats
 
 
 def operator_router(service: GenerationService) -> APIRouter:
-    """Health, readiness, load, metrics, version."""
+    """Health, readiness, load, version."""
     router = APIRouter()
 
     @router.get("/health")
@@ -44,11 +44,6 @@ def operator_router(service: GenerationService) -> APIRouter:
             "pipe": _describe(service.engine.pipe),
         }
 
-    @router.get("/metrics", response_class=Response)
-    async def metrics() -> Response:
-        """Prometheus' text format."""
-        return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
-
     @router.get("/version")
     async def version() -> dict[str, str]:
         """Shardline's version."""
@@ -63,3 +58,15 @@ def _describe(pipe: PipeStats | None) -> dict[str, Any] | None:
         return None
     stages = [msgspec.structs.asdict(stage) for stage in pipe.stages]
     return msgspec.structs.asdict(pipe) | {"stages": stages}
+
+
+def metrics_router(service: GenerationService) -> APIRouter:
+    """What Prometheus reads."""
+    router = APIRouter()
+
+    @router.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """Prometheus' text format."""
+        return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+    return router
