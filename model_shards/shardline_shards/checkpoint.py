@@ -20,6 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, apply_renamings
 
 from shardline_shards.errors import LoadError, UnsupportedModel
+from shardline_shards.model_folder import named_file
 from shardline_shards.sharding import ParameterSource
 from shardline_shards.stage_model import StageModel
 
@@ -99,13 +100,15 @@ def _open_files(model_path: Path, stack: ExitStack) -> dict[str, Any]:
 def _weight_files(model_path: Path) -> Iterator[Path]:
     index = model_path / INDEX_NAME
     if not index.exists():
-        yield from sorted(model_path.glob("*.safetensors"))
+        for file in sorted(model_path.glob("*.safetensors")):
+            yield named_file(model_path, file.name)
         return
     names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     for name in names:
-        if not (model_path / name).exists():
+        file = named_file(model_path, name)
+        if not file.exists():
             raise LoadError(f"{index} names {name}, which is not there; fetch the model again")
-        yield model_path / name
+        yield file
 
 
 class _Checkpoint:

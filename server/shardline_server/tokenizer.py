@@ -55,7 +55,7 @@ class Tokenizer:
             rendered = self._wrapped.apply_chat_template(
                 messages, tokenize=False, **template_arguments
             )
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
+        except (TemplateError, ValueError, TypeError, KeyError, OverflowError) as error:
             message = f"The chat template refuses these messages: {error}"
             raise InvalidRequest(message, param="messages") from error
         return cast(str, rendered)

@@ -24,6 +24,25 @@ def test_what_the_template_refuses_is_the_clients_mistake(tokenizer):
         tokenizer.render_chat([{"role": "tool", "content": "x"}])
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__init__.__globals__ }}",
+        "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+        "{{ messages.append(messages[0]) }}",
+        "{% include '/etc/passwd' %}",
+        "{% for _ in range(1000000000) %}{% endfor %}",
+    ],
+)
+def test_a_template_runs_in_a_sandbox(tokenizer_folder, tmp_path, template):
+    """It comes with the model, from whoever made that."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer._wrapped.chat_template = template
+    with pytest.raises(InvalidRequest, match="chat template refuses"):
+        tokenizer.render_chat(MESSAGES)
+
+
 def test_a_model_without_a_template_says_so(tokenizer_folder, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes((tokenizer_folder / "tokenizer.json").read_bytes())
     with pytest.raises(InvalidRequest, match="no chat template"):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from shardline_shards.checkpoint import INDEX_NAME, load_weights
 from shardline_shards.collectives import SingleRank
-from shardline_shards.errors import LoadError, UnsupportedModel
+from shardline_shards.errors import LoadError, ModelSourceError, UnsupportedModel
 from shardline_shards.layout import ParallelLayout, Place
 from shardline_shards.stage_model import build_stage_model, load_config
 from tests.tiny import save_tiny
@@ -98,6 +98,13 @@ def test_stored_rotary_frequencies_are_no_mistake(folder: Path) -> None:
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
     save_file(tensors, folder / FILE)
     load(folder)
+
+
+def test_an_index_that_leads_out_of_the_folder(folder: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "../model.safetensors"}}
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+    with pytest.raises(ModelSourceError, match="lies outside of it"):
+        load(folder)
 
 
 def test_wrong_shape(folder: Path) -> None:

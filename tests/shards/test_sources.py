@@ -56,6 +56,44 @@ def test_an_indexed_folder_needs_every_shard(folder: Path) -> None:
     assert "b.safetensors is named by model.safetensors.index.json but missing" in message
 
 
+@pytest.mark.parametrize("name", ["../away.safetensors", "/etc/passwd", "sub/x.safetensors", 5])
+def test_an_index_names_nothing_outside_the_folder(tmp_path: Path, name: object) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    save_shard(tmp_path / "away.safetensors")
+    index = {"weight_map": {"weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "names" in (message := refusal(folder))
+    assert repr(name) in message
+
+
+def test_a_link_leads_nowhere_outside_the_folder(folder: Path, tmp_path_factory) -> None:
+    away = tmp_path_factory.mktemp("away") / "model.safetensors"
+    save_shard(away)
+    (folder / "model.safetensors").symlink_to(away)
+    assert "lies outside of it" in refusal(folder)
+    save_shard(folder / "real.bin")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("real.bin")
+    assert resolve_model(str(folder)) == folder
+
+
+def test_the_hubs_cache_may_link_to_its_own_blobs(tmp_path: Path) -> None:
+    folder = tmp_path / "models--a--b" / "snapshots" / "main"
+    blobs = tmp_path / "models--a--b" / "blobs"
+    folder.mkdir(parents=True)
+    blobs.mkdir()
+    (folder / "config.json").write_text("{}")
+    save_shard(blobs / "0a1b")
+    (folder / "model.safetensors").symlink_to("../../blobs/0a1b")
+    assert resolve_model(str(folder)) == folder
+    save_shard(tmp_path / "away.safetensors")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("../../../away.safetensors")
+    assert "lies outside of it" in refusal(folder)
+
+
 def test_a_broken_index_is_named(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text('{"weight_map": [')
     assert "model.safetensors.index.json is not a safetensors index" in refusal(folder)
