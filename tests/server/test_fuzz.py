@@ -17,6 +17,7 @@ from schemathesis.specs.openapi.checks import ignored_auth, positive_data_accept
 from tests.server.conftest import running_engine_process
 from tests.server.running import running_frontend
 
+from shardline_server.door_config import DoorConfig
 from shardline_server.protos.shardline.v1 import generation_pb2 as pb
 
 KEY = {"Authorization": "Bearer fuzz"}
@@ -44,7 +45,9 @@ SETTINGS = settings(
 def door(tiny_model):
     with (
         running_engine_process(tiny_model, max_model_len=32) as engine,
-        running_frontend(engine.read_address(), tiny_model, api_keys=("fuzz",)) as running,
+        running_frontend(
+            engine.read_address(), tiny_model, door=DoorConfig(api_keys=("fuzz",))
+        ) as running,
     ):
         yield running
 
