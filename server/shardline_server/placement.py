@@ -77,9 +77,12 @@ def place_workers(
     ranks = _deal_ranks(layout.tp, layout.pp, nodes, rules)
     if ranks is None:
         raise ConfigError(_explain_places(layout, nodes, rules))
+    # KV memory is the most that it may be: weights that leave less of it are no error.
+    weights_only = replace(rules, kv_memory_bytes=0)
     fitting = _fit_layers(layout, ranks, nodes, rules)
+    fitting = fitting or _fit_layers(layout, ranks, nodes, weights_only)
     if fitting is None:
-        raise ConfigError(_explain_memory(layout, ranks, nodes, rules))
+        raise ConfigError(_explain_memory(layout, ranks, nodes, weights_only))
     return Placement(ranks=ranks, layout=fitting)
 
 

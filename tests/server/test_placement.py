@@ -116,6 +116,7 @@ def test_workers_of_one_node_share_its_memory_but_not_that_of_its_gpus() -> None
 def test_kv_memory_comes_off_what_weights_can_have() -> None:
     assert layers_of(cpus(2, 8 * GB), cpus(2, 20 * GB)) == (4, 4)
     assert layers_of(cpus(2, 8 * GB), cpus(2, 20 * GB), kv_memory_bytes=4 * GB) == (2, 6)
+    assert layers_of(cpus(2, 8 * GB), cpus(2, 20 * GB), kv_memory_bytes=99 * GB) == (4, 4)
 
 
 def test_layers_that_have_to_move_do_so_by_their_times() -> None:
