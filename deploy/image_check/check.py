@@ -104,6 +104,7 @@ def _check_isolation(server: Running, image: Stage) -> None:
     lines = server.run(["sh", "-c", "grep -h ^Uid: /proc/[0-9]*/status"]).stdout.splitlines()
     users = {user for line in lines for user in line.split()[1:]}
     wanted = image.user.partition(":")[0]
+    _require(wanted != "0", "the image's user is root")
     _require(users == {wanted}, f"processes run as {users}, not as {wanted} alone")
 
 

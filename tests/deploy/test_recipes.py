@@ -77,6 +77,8 @@ def test_compose_services_parse(name: str, service, monkeypatch: pytest.MonkeyPa
     env = {key: fill_in(value) for key, value in service["environment"].items() if value}
     settings = parse([fill_in(word) for word in service["command"]], image_env() | env, monkeypatch)
     assert service["read_only"] and service["tmpfs"] == ["/tmp"]
+    grace_s = ServeSettings.model_fields["grace_s"].default
+    assert float(service["stop_grace_period"].removesuffix("s")) > grace_s
     if name == "head":
         assert (settings.nodes, settings.rendezvous) == (2, "10.0.0.1:29500")
         assert settings.secret is not None and settings.host == "127.0.0.1"
@@ -115,6 +117,7 @@ def test_the_manifests_pods_parse(monkeypatch: pytest.MonkeyPatch) -> None:
         (container,) = pod["containers"]
         assert container["resources"]["limits"]["nvidia.com/gpu"] == str(settings.tp)
         assert not pod["enableServiceLinks"]
+        assert pod["terminationGracePeriodSeconds"] > settings.grace_s
     ports = {settings.port, settings.grpc_port}
     assert {port["containerPort"] for port in head["containers"][0]["ports"]} == ports
     assert {port["port"] for port in service["spec"]["ports"]} == ports
