@@ -30,15 +30,15 @@ class Launch:
 
 
 def find_launch(environment: Mapping[str, str]) -> Launch | None:
-    """What a launcher says; None without one, or where it has started nothing but this process.
+    """What the innermost launcher says; None without one, or if it has started this process alone.
 
-    Raises ConfigError if it has started more than one process on a node.
+    Raises ConfigError if it has started more than one process on a node, or says too little.
     """
-    for read in _READERS:
-        launch = read(environment)
-        if launch is not None:
-            return launch if launch.num_nodes > 1 else None
-    return None
+    try:
+        found = next((launch for read in _READERS if (launch := read(environment))), None)
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"a launcher's variables are not as they should be: {error}") from error
+    return found if found is not None and found.num_nodes > 1 else None
 
 
 def _read_torchrun(environment: Mapping[str, str]) -> Launch | None:
@@ -70,6 +70,7 @@ def _read_srun(environment: Mapping[str, str]) -> Launch | None:
     return Launch(launcher="srun", num_nodes=num_nodes, node_index=node_index, board=board)
 
 
+# torchrun first: srun may have started it, and its tasks still see what srun says.
 _READERS: tuple[Callable[[Mapping[str, str]], Launch | None], ...] = (_read_torchrun, _read_srun)
 
 

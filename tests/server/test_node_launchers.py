@@ -81,7 +81,7 @@ def test_one_process_is_no_launch() -> None:
     one = {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1"}
     batch_script = {key: value for key, value in SRUN.items() if "STEP" not in key}
     alone = TORCHRUN | {"GROUP_WORLD_SIZE": "1", "WORLD_SIZE": "1"}
-    for environment in ({}, SRUN | one, batch_script, alone):
+    for environment in ({}, SRUN | one, batch_script, alone, SRUN | alone):
         assert find_launch(environment) is None
 
 
@@ -94,6 +94,18 @@ def test_one_process_is_no_launch() -> None:
 )
 def test_more_processes_than_nodes_are_refused(environment: dict[str, str], remedy: str) -> None:
     with pytest.raises(ConfigError, match=remedy):
+        find_launch(environment)
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        (TORCHRUN | {"GROUP_RANK": "first"}, "'first'"),
+        ({"SLURM_STEP_ID": "0"}, "SLURM_STEP_NUM_NODES"),
+    ],
+)
+def test_variables_that_are_wrong_or_missing_are_named(environment, words) -> None:
+    with pytest.raises(ConfigError, match=words):
         find_launch(environment)
 
 
