@@ -77,21 +77,29 @@ def run_server(name: str, cases: list[str], arguments: argparse.Namespace) -> Re
         with servers.running(name, arguments.model_folder, arguments.peers) as server:
             figures = {case: measure(server, CASES[case].options) for case in cases}
         facts = asdict(server) | {"measured_at": datetime.now(UTC).isoformat(timespec="seconds")}
-        return facts | {"cases": figures}
+        used = _kv_used(server, figures, servers.token_bytes(arguments.model_folder))
+        return facts | {"kv_used_bytes": used, "cases": figures}
     except Missing as error:
         return {"missing": str(error)}
     except RuntimeError as error:
         return {"failed": str(error)}
 
 
+def _kv_used(server: Running, figures: dict[str, Result], token_bytes: int) -> int:
+    """KV memory that has been written to: a token's place is not used again before all are."""
+    new = ((one["num_prompt_tokens"] - one["num_cached_tokens"]) for one in figures.values())
+    num_tokens = sum(new) + sum(one["num_output_tokens"] for one in figures.values())
+    return min(server.kv_bytes, num_tokens * token_bytes) if server.is_kv_lazy else server.kv_bytes
+
+
 def server_rows(results: dict[str, Result]) -> Iterator[list[str]]:
     for name, result in results.items():
         if "cases" not in result:
             (word, why), *_ = result.items()
-            yield [name, f"{word}: {why.splitlines()[0]}", "", "", ""]
+            yield [name, f"{word}: {why.splitlines()[0]}", *[""] * 4]
             continue
-        peak, kv = result["peak_bytes"], result["kv_bytes"]
-        sizes = (f"{size / servers.GIB:.2f}" for size in (peak, kv, peak - kv))
+        peak, kv, used = (result[f"{name}_bytes"] for name in ("peak", "kv", "kv_used"))
+        sizes = (f"{size / servers.GIB:.2f}" for size in (peak, kv, used, peak - used))
         yield [name, f"{result['ready_s']:.1f}", *sizes]
 
 
@@ -130,7 +138,8 @@ def _ratio(figures: Result, peer: Result | None) -> str:
 def report(results: dict[str, Result], facts: dict[str, str]) -> str:
     """The tables, in Markdown."""
     peers = [name for name in PEERS if "cases" in results.get(name, {})]
-    head = ["server", "ready after s", "peak memory GiB", "KV memory GiB", "KV aside GiB"]
+    head = ["server", "ready after s", "peak memory GiB", "KV memory GiB"]
+    head += ["of it used", "KV aside GiB"]
     columns = ["case", "server", "tokens/s", "TPOT ms", "TTFT ms", "ITL p50", "p99"]
     columns += ["not served"]
     columns += [f"tokens/s to {peer} (TTFT)" for peer in peers]

@@ -38,10 +38,14 @@ class Missing(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """How to start a server; `kv_bytes` is what it sets aside for keys and values."""
+    """How to start a server; `kv_bytes` is what it sets aside for keys and values.
+
+    If `is_kv_lazy`, only as much of that is memory as tokens have been written to.
+    """
 
     words: list[str]
     kv_bytes: int
+    is_kv_lazy: bool = False
     env: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -61,6 +65,7 @@ class Running:
     url: str
     ready_s: float
     kv_bytes: int
+    is_kv_lazy: bool
     ready_bytes: int = 0
     peak_bytes: int = 0
 
@@ -70,7 +75,7 @@ def ours(tp: int, pp: int, place: Place) -> Command:
     words += ["--tp", str(tp), "--pp", str(pp), "--max-model-len", str(MAX_MODEL_LEN)]
     words += ["--kv-memory", f"{KV_GIB}GiB", "--served-model-name", NAME]
     words += ["--port", str(place.port), "--grpc-port", "0", "--log-level", "warning"]
-    return Command(words=words, kv_bytes=tp * pp * KV_GIB * GIB)
+    return Command(words=words, kv_bytes=tp * pp * KV_GIB * GIB, is_kv_lazy=True)
 
 
 def vllm(num_stages: int, place: Place) -> Command:
@@ -95,7 +100,7 @@ def llama_cpp(place: Place) -> Command:
     words += ["-m", str(_installed(place, f"{place.model.name}-bf16.gguf")), "--alias", NAME]
     words += ["-t", str(os.cpu_count()), "-np", str(NUM_SLOTS), "--kv-unified", "--no-ui"]
     words += ["-c", str(NUM_SLOTS * 1024), "--host", "127.0.0.1", "--port", str(place.port)]
-    return Command(words=words, kv_bytes=_kv_bytes(place.model, NUM_SLOTS * 1024))
+    return Command(words=words, kv_bytes=NUM_SLOTS * 1024 * token_bytes(place.model))
 
 
 SERVERS: dict[str, Callable[[Place], Command]] = {
@@ -139,7 +144,12 @@ def running(name: str, model: Path, peers: Path | None) -> Iterator[Running]:
         try:
             url = f"http://127.0.0.1:{place.port}"
             _wait_until_it_answers(url, process, log)
-            server = Running(url=url, ready_s=time.monotonic() - start_s, kv_bytes=command.kv_bytes)
+            server = Running(
+                url=url,
+                ready_s=time.monotonic() - start_s,
+                kv_bytes=command.kv_bytes,
+                is_kv_lazy=command.is_kv_lazy,
+            )
             with _watched_memory(process, server):
                 yield server
         finally:
@@ -154,13 +164,13 @@ def _installed(place: Place, path: str) -> Path:
     return place.peers / path
 
 
-def _kv_bytes(model: Path, num_tokens: int) -> int:
-    """Keys and values of so many tokens in two bytes each."""
+def token_bytes(model: Path) -> int:
+    """Keys and values of one token in all layers, in two bytes each."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model)
     head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
-    return num_tokens * config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim * 2
+    return int(config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim * 2)
 
 
 def _free_port() -> int:
