@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardline_shards.errors import LostPeer
+from shardline_shards.shared_memory import SharedMemoryCollectives, share_memory
 
 
 class Collectives(Protocol):
@@ -125,11 +126,15 @@ class StageCollectives:
 
     def form(self, group: dist.ProcessGroup, device: torch.device) -> None:
         """From now on over `group`."""
-        kind = NcclCollectives if device.type == "cuda" else ExchangeCollectives
-        self._current = kind(group)
+        if device.type == "cuda":
+            self._current = NcclCollectives(group)
+        else:
+            self._current = share_memory(group) or ExchangeCollectives(group)
 
     def abandon(self) -> None:
         """The group is gone."""
+        if isinstance(self._current, SharedMemoryCollectives):
+            self._current.leave()
         self._current = None
 
     def all_reduce(self, tensor: Tensor) -> Tensor:

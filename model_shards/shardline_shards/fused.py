@@ -6,7 +6,8 @@ way, the stage goes on with the library's modules, and a line in the log says wh
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ from transformers import PreTrainedModel
 from shardline_shards.attention import BACKENDS, KVLayer, KVShape, PagedBatch, allocate_kv
 from shardline_shards.attention.cpu import load_kernel
 from shardline_shards.batch import StepBatch
-from shardline_shards.parallel_layers import SkippedLayer
+from shardline_shards.collectives import Collectives, SingleRank
+from shardline_shards.parallel_layers import RowParallelLinear, SkippedLayer
 from shardline_shards.stage_model import StageModel, decoder_layers
 
 logger = logging.getLogger(__name__)
@@ -76,24 +78,43 @@ class _Geometry:
 class FusedLayers:
     """All decoder layers of a stage, and on the last stage the norm and the head."""
 
-    def __init__(self, stack: Any, rotary: "_RotaryTable", has_head: bool) -> None:
+    def __init__(
+        self, stack: Any, rotary: "_RotaryTable", tp: Collectives, vocab_sizes: list[int] | None
+    ) -> None:
+        """`vocab_sizes`: of the head, the rows of each rank; None where there is no head."""
         self._stack = stack
         self._rotary = rotary
-        self._has_head = has_head
+        self._tp = tp
+        self._vocab_sizes = vocab_sizes
         self._bound: Mapping[int, KVLayer] | None = None
 
     def run(self, hidden: Tensor, batch: StepBatch) -> Tensor:
-        """Hidden states [num_tokens, hidden_size] in; the same out, or fp32 logits [num_rows, n].
+        """Hidden states [num_tokens, hidden_size] in; the same out, or logits in fp32.
 
-        n are the vocabulary rows of this rank.
+        Logits are [num_rows, vocab_size], on tp ranks other than the first only their own part.
         """
         paged = batch.paged
         if self._bound is not paged.kv_layers:
             _bind(self._stack, paged.kv_layers)
             self._bound = paged.kv_layers
         cos, sin = self._rotary.at(batch.positions, paged.max_kv_len)
-        indexes = batch.logit_indexes if self._has_head else None
-        return _run(self._stack, hidden, cos, sin, paged, indexes)
+        arguments = (cos, sin, *_paging(paged))
+        if self._tp.size > 1:
+            return self._run_shards(hidden, batch.logit_indexes, arguments)
+        indexes = None if self._vocab_sizes is None else batch.logit_indexes
+        output: Tensor = self._stack.run(hidden, *arguments, indexes)
+        return output
+
+    def _run_shards(self, hidden: Tensor, indexes: Tensor, arguments: tuple[Tensor, ...]) -> Tensor:
+        """Half a layer at a time: what the ranks have is summed after each."""
+        states, is_first = hidden.float(), self._tp.rank == 0
+        for half in range(2 * self._stack.num_layers()):
+            part = self._stack.run_half(states, *arguments, half, is_first)
+            states = self._tp.all_reduce(part)
+        if self._vocab_sizes is None:
+            return states.to(hidden.dtype)
+        logits: Tensor = self._stack.run_head(states, indexes)
+        return self._tp.gather_last_dim(logits, self._vocab_sizes)
 
 
 def fuse(stage_model: StageModel, device: torch.device) -> FusedLayers | None:
@@ -109,8 +130,6 @@ def fuse(stage_model: StageModel, device: torch.device) -> FusedLayers | None:
     if any(parameter.is_meta for layer in layers for parameter in layer.parameters()):
         return None
     try:
-        if stage_model.tp.size > 1:
-            raise _CannotFuse("its layers are split over ranks")
         rotary = _RotaryTable(base.get_submodule("rotary_emb"))
         geometry = _geometry(model, layers)
         kinds = _check_layers(layers, geometry, rotary)
@@ -121,10 +140,13 @@ def fuse(stage_model: StageModel, device: torch.device) -> FusedLayers | None:
     for index, layer, kind in zip(stage_model.layers, layers, kinds, strict=True):
         _add_layer(stack, layer, kind)
         decoder_layers(model)[index] = SkippedLayer()
+    vocab_sizes = None
     if stage_model.is_last:
+        head = model.get_submodule("lm_head")
+        vocab_sizes = getattr(head, "sizes", [len(_weight(model, "lm_head"))])
         stack.set_head(_weight(base, "norm"), _weight(model, "lm_head"))
         model.lm_head = nn.Identity()
-    return FusedLayers(stack, rotary, stage_model.is_last)
+    return FusedLayers(stack, rotary, stage_model.tp, vocab_sizes)
 
 
 class _RotaryTable:
@@ -226,7 +248,7 @@ def _check_structure(layer: nn.Module) -> None:
 
 
 def _weight(module: nn.Module, name: str) -> Tensor:
-    return module.get_parameter(f"{name}.weight").data
+    return module.get_parameter(f"{name}.weight").data.contiguous()
 
 
 def _check_layers(
@@ -243,25 +265,41 @@ def _check_layers(
     kinds: list[_LayerKind] = []
     for layer in layers:
         paged, recorder = _probe_batch(layer, geometry)
-        expected = layer(
-            hidden.unsqueeze(0),
-            attention_mask=None,
-            position_ids=positions.unsqueeze(0),
-            use_cache=False,
-            position_embeddings=(
-                cos.to(geometry.dtype).unsqueeze(0),
-                sin.to(geometry.dtype).unsqueeze(0),
-            ),
-            paged=paged,
-        )
+        with _without_sums(layer):
+            expected = layer(
+                hidden.unsqueeze(0),
+                attention_mask=None,
+                position_ids=positions.unsqueeze(0),
+                use_cache=False,
+                position_embeddings=(
+                    cos.to(geometry.dtype).unsqueeze(0),
+                    sin.to(geometry.dtype).unsqueeze(0),
+                ),
+                paged=paged,
+            )
         (kind,) = recorder.kinds
         if kind not in kinds:
             stack = geometry.new_stack()
             _add_layer(stack, layer, kind)
             _bind(stack, paged.kv_layers)
-            _compare(_run(stack, hidden, cos, sin, paged, None), expected.squeeze(0), hidden)
+            ours = stack.run(hidden, cos, sin, *_paging(paged), None)
+            _compare(ours, expected.squeeze(0), hidden)
         kinds.append(kind)
     return kinds
+
+
+@contextmanager
+def _without_sums(layer: nn.Module) -> Iterator[None]:
+    """While layers are compared, this rank's part stands for the whole: ranks have not met yet."""
+    linears = [module for module in layer.modules() if isinstance(module, RowParallelLinear)]
+    held = [linear.tp for linear in linears]
+    for linear in linears:
+        linear.tp = SingleRank()
+    try:
+        yield
+    finally:
+        for linear, tp in zip(linears, held, strict=True):
+            linear.tp = tp
 
 
 def _probe_batch(layer: nn.Module, geometry: _Geometry) -> tuple[PagedBatch, _Recorder]:
@@ -302,7 +340,7 @@ def _add_layer(stack: Any, layer: nn.Module, kind: _LayerKind) -> None:
     biases = [module.bias for module in qkv if module.bias is not None]
     norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     stack.add_layer(
-        [module.weight for module in qkv],
+        [_weight(attention, name) for name in ("q_proj", "k_proj", "v_proj")],
         _weight(attention, "o_proj"),
         [_weight(mlp, "gate_proj"), _weight(mlp, "up_proj")],
         _weight(mlp, "down_proj"),
@@ -320,17 +358,5 @@ def _bind(stack: Any, kv_layers: Mapping[int, KVLayer]) -> None:
     stack.bind_memory([layer.key for layer in memory], [layer.value for layer in memory])
 
 
-def _run(
-    stack: Any, hidden: Tensor, cos: Tensor, sin: Tensor, paged: PagedBatch, indexes: Tensor | None
-) -> Tensor:
-    output: Tensor = stack.run(
-        hidden,
-        cos,
-        sin,
-        paged.query_start,
-        paged.kv_lens,
-        paged.block_tables,
-        paged.slots,
-        indexes,
-    )
-    return output
+def _paging(paged: PagedBatch) -> tuple[Tensor, ...]:
+    return paged.query_start, paged.kv_lens, paged.block_tables, paged.slots

@@ -77,6 +77,8 @@ class DecoderStack : public torch::CustomClassHolder {
     layers_.push_back(layer);
   }
 
+  int64_t num_layers() const { return static_cast<int64_t>(layers_.size()); }
+
   // After the last layer: a norm and the head [vocabulary rows, hidden_size].
   void set_head(const Tensor& norm, const Tensor& head) {
     check_matrices({head}, head.size(0), shape_.hidden_size);
@@ -101,6 +103,29 @@ class DecoderStack : public torch::CustomClassHolder {
     values_ = std::move(values);
   }
 
+  // Half a layer of one step, where each rank holds a part of its weights: half 2i is layer i's
+  // attention, half 2i + 1 its MLP. Returns this rank's part of the sum, fp32 like `hidden`; the
+  // input is added by the one rank that is told so.
+  Tensor run_half(
+      const Tensor& hidden, const Tensor& cos, const Tensor& sin, const Tensor& query_start,
+      const Tensor& kv_lens, const Tensor& block_tables, const Tensor& slots, int64_t half,
+      bool adds_input) {
+    check_input(hidden, at::kFloat, cos, sin);
+    TORCH_CHECK(half >= 0 && half < 2 * static_cast<int64_t>(layers_.size()));
+    const StepShape step = step_shape(cos, sin, query_start, kv_lens, block_tables, slots);
+    return with_dtype(dtype_, [&](auto zero) {
+      return compute_half<decltype(zero)>(hidden, step, half, adds_input);
+    });
+  }
+
+  // The norm and the head alone: `hidden` fp32 [num_tokens, hidden_size] to logits as from `run`.
+  Tensor run_head(const Tensor& hidden, const Tensor& logit_indexes) {
+    check_hidden(hidden, at::kFloat);
+    check_logits(logit_indexes, hidden.size(0));
+    return with_dtype(
+        dtype_, [&](auto zero) { return compute_head<decltype(zero)>(hidden, logit_indexes); });
+  }
+
   // One step. `hidden` [num_tokens, hidden_size] in the weights' dtype, `cos` and `sin`
   // [num_tokens, head_dim] fp32, the others as in PagedBatch. Returns the hidden states after the
   // last layer; or, with `logit_indexes`, fp32 logits [len(logit_indexes), vocabulary rows].
@@ -108,10 +133,13 @@ class DecoderStack : public torch::CustomClassHolder {
       const Tensor& hidden, const Tensor& cos, const Tensor& sin, const Tensor& query_start,
       const Tensor& kv_lens, const Tensor& block_tables, const Tensor& slots,
       const std::optional<Tensor>& logit_indexes) {
-    check_input(hidden, cos, sin, logit_indexes);
+    check_input(hidden, dtype_, cos, sin);
+    if (logit_indexes.has_value()) {
+      check_logits(*logit_indexes, hidden.size(0));
+    }
     const StepShape step = step_shape(cos, sin, query_start, kv_lens, block_tables, slots);
     return with_dtype(dtype_, [&](auto zero) {
-      return run_step<decltype(zero)>(hidden, step, logit_indexes);
+      return compute_all<decltype(zero)>(hidden, step, logit_indexes);
     });
   }
 
@@ -135,13 +163,21 @@ class DecoderStack : public torch::CustomClassHolder {
     });
   }
 
-  void check_input(
-      const Tensor& hidden, const Tensor& cos, const Tensor& sin,
-      const std::optional<Tensor>& logit_indexes) const {
+  void check_hidden(const Tensor& hidden, at::ScalarType dtype) const {
     TORCH_CHECK(
         hidden.dim() == 2 && hidden.size(1) == shape_.hidden_size && hidden.is_contiguous() &&
-            hidden.scalar_type() == dtype_,
-        "hidden states are contiguous [num_tokens, hidden_size] in the stack's dtype");
+            hidden.scalar_type() == dtype,
+        "hidden states are contiguous [num_tokens, hidden_size] of dtype ", dtype);
+  }
+
+  void check_logits(const Tensor& logit_indexes, int64_t num_tokens) const {
+    TORCH_CHECK(head_.has_value(), "this stage has no head");
+    check_indexes(logit_indexes, 0, num_tokens);
+  }
+
+  void check_input(
+      const Tensor& hidden, at::ScalarType dtype, const Tensor& cos, const Tensor& sin) const {
+    check_hidden(hidden, dtype);
     for (const Tensor& table : {cos, sin}) {
       TORCH_CHECK(
           table.dim() == 2 && table.size(0) == hidden.size(0) &&
@@ -150,10 +186,6 @@ class DecoderStack : public torch::CustomClassHolder {
           "cos and sin are contiguous [num_tokens, head_dim] in fp32");
     }
     TORCH_CHECK(!keys_.empty(), "bind_memory comes before run");
-    if (logit_indexes.has_value()) {
-      TORCH_CHECK(head_.has_value(), "this stage has no head");
-      check_indexes(*logit_indexes, 0, hidden.size(0));
-    }
   }
 
   static void check_indexes(const Tensor& indexes, int64_t from, int64_t to) {
@@ -235,29 +267,26 @@ class DecoderStack : public torch::CustomClassHolder {
   }
 
   template <typename T>
-  Tensor run_step(
+  Tensor compute_all(
       const Tensor& hidden, const StepShape& step, const std::optional<Tensor>& logit_indexes) {
     const std::vector<Layer<T>> layers = bound_layers<T>();
     DecoderStep<T> decoder(shape_, layers, step, buffers<T>(), at::get_num_threads());
-    const int64_t num_logits = logit_indexes.has_value() ? logit_indexes->numel() : 0;
-    Tensor output = logit_indexes.has_value()
-        ? at::empty({num_logits, vocab_size_}, hidden.options().dtype(at::kFloat))
-        : at::empty(hidden.sizes(), hidden.options());
+    HeadStep<T> head;
+    fill_head(head, logit_indexes);
+    Tensor output = logit_indexes.has_value() ? new_logits(head.num_rows)
+                                              : at::empty(hidden.sizes(), hidden.options());
     const T* from = hidden.const_data_ptr<T>();
     float* states = decoder.hidden();
-    std::vector<T> final_rows(num_logits * divide_up(shape_.hidden_size, kDepth<T>) * kDepth<T>);
 #pragma omp parallel
     {
       const int thread = omp_get_thread_num(), num_threads = omp_get_num_threads();
       const int64_t begin = hidden.numel() * thread / num_threads;
       const int64_t end = hidden.numel() * (thread + 1) / num_threads;
-      for (int64_t i = begin; i < end; ++i) {
-        states[i] = static_cast<float>(from[i]);
-      }
+      widen_row(from + begin, states + begin, end - begin);
       decoder.team().meet(num_threads);
       decoder.run_layers(thread, num_threads);
       if (logit_indexes.has_value()) {
-        compute_logits(*logit_indexes, decoder, final_rows, output, thread, num_threads);
+        head.run(shape_, states, output.mutable_data_ptr<float>(), thread, num_threads);
       } else {
         narrow_row(states + begin, output.mutable_data_ptr<T>() + begin, end - begin);
       }
@@ -266,25 +295,48 @@ class DecoderStack : public torch::CustomClassHolder {
   }
 
   template <typename T>
-  void compute_logits(
-      const Tensor& indexes, DecoderStep<T>& decoder, std::vector<T>& rows, const Tensor& output,
-      int thread, int num_threads) {
-    const int64_t width = shape_.hidden_size, count = indexes.numel();
-    const Packed<T> head = unpacked<T>(*head_, vocab_size_);
-    const int64_t* index = indexes.const_data_ptr<int64_t>();
-    const int64_t end = count * (thread + 1) / num_threads;
-    for (int64_t row = count * thread / num_threads; row < end; ++row) {
-      normalise(
-          decoder.hidden() + index[row] * width, final_norm_->const_data_ptr<float>(),
-          rows.data() + row * head.input_stride(), width, shape_.eps);
+  Tensor compute_half(const Tensor& hidden, const StepShape& step, int64_t half, bool adds_input) {
+    const std::vector<Layer<T>> layers = bound_layers<T>();
+    DecoderStep<T> decoder(shape_, layers, step, buffers<T>(), at::get_num_threads());
+    Tensor output = at::empty(hidden.sizes(), hidden.options());
+    const float* from = hidden.const_data_ptr<float>();
+    float* to = output.mutable_data_ptr<float>();
+    std::copy(from, from + hidden.numel(), decoder.hidden());
+#pragma omp parallel
+    {
+      decoder.run_half(
+          half, adds_input ? from : nullptr, to, omp_get_thread_num(), omp_get_num_threads());
     }
-    decoder.team().meet(num_threads);
-    float* out = output.mutable_data_ptr<float>();
-    multiply_packed(
-        head, rows.data(), head.input_stride(), count, thread, num_threads,
-        [&](int64_t row, int64_t column, const auto& sums) {
-          store_sums(sums, nullptr, out + row * vocab_size_, column, vocab_size_);
-        });
+    return output;
+  }
+
+  template <typename T>
+  Tensor compute_head(const Tensor& hidden, const Tensor& logit_indexes) {
+    HeadStep<T> head;
+    fill_head(head, logit_indexes);
+    Tensor output = new_logits(head.num_rows);
+#pragma omp parallel
+    {
+      head.run(
+          shape_, hidden.const_data_ptr<float>(), output.mutable_data_ptr<float>(),
+          omp_get_thread_num(), omp_get_num_threads());
+    }
+    return output;
+  }
+
+  Tensor new_logits(int64_t num_rows) const {
+    return at::empty({num_rows, vocab_size_}, at::TensorOptions(at::kFloat));
+  }
+
+  template <typename T>
+  void fill_head(HeadStep<T>& head, const std::optional<Tensor>& logit_indexes) const {
+    if (logit_indexes.has_value()) {
+      head.weights = unpacked<T>(*head_, vocab_size_);
+      head.norm = final_norm_->const_data_ptr<float>();
+      head.indexes = logit_indexes->const_data_ptr<int64_t>();
+      head.num_rows = logit_indexes->numel();
+      head.normed.resize(head.num_rows * head.weights.input_stride());
+    }
   }
 
   StackShape shape_;
@@ -304,6 +356,9 @@ TORCH_LIBRARY_FRAGMENT(shardline, library) {
       .def(torch::init<int64_t, int64_t, int64_t, int64_t, double, at::ScalarType>())
       .def("add_layer", &DecoderStack::add_layer)
       .def("set_head", &DecoderStack::set_head)
+      .def("num_layers", &DecoderStack::num_layers)
       .def("bind_memory", &DecoderStack::bind_memory)
-      .def("run", &DecoderStack::run);
+      .def("run", &DecoderStack::run)
+      .def("run_half", &DecoderStack::run_half)
+      .def("run_head", &DecoderStack::run_head);
 }

@@ -98,7 +98,18 @@ class DecoderStep {
   // By each of `num_threads` threads.
   void run_layers(int thread, int num_threads) {
     for (const Layer<T>& layer : layers_) {
-      run_layer(layer, thread, num_threads);
+      run_attention(layer, hidden(), hidden(), thread, num_threads);
+      run_mlp(layer, hidden(), hidden(), thread, num_threads);
+    }
+  }
+
+  // Half 2i is layer i's attention, half 2i + 1 its MLP: to = from + what it yields from `hidden`.
+  void run_half(int64_t half, const float* from, float* to, int thread, int num_threads) {
+    const Layer<T>& layer = layers_[half / 2];
+    if (half % 2 == 0) {
+      run_attention(layer, from, to, thread, num_threads);
+    } else {
+      run_mlp(layer, from, to, thread, num_threads);
     }
   }
 
@@ -161,26 +172,35 @@ class DecoderStep {
     return nullptr;
   }
 
-  void run_layer(const Layer<T>& layer, int thread, int num_threads) {
-    const int64_t num_rows = step_.num_rows;
+  // Attention's part of a layer: to = from + what it yields, where `to` and `from` may be the same
+  // and `from` null for none; likewise below.
+  void run_attention(
+      const Layer<T>& layer, const float* from, float* to, int thread, int num_threads) {
+    const int64_t width = shape_.query_size() + 2 * shape_.kv_size();
     multiply_packed(
-        layer.qkv, normed(layer.input_norm, thread, num_threads), normed_stride(), num_rows, thread,
-        num_threads, [&](int64_t row, int64_t column, const auto& sums) {
-          const int64_t width = shape_.query_size() + 2 * shape_.kv_size();
+        layer.qkv, normed(layer.input_norm, thread, num_threads), normed_stride(), step_.num_rows,
+        thread, num_threads, [&](int64_t row, int64_t column, const auto& sums) {
           store_sums(sums, layer.qkv_bias, buffers_.qkv.data() + row * width, column, width);
         });
     team_.meet(num_threads);
     place_heads(layer, thread, num_threads);
     team_.meet(num_threads);
     attend(layer, thread, num_threads);
-    add_product(layer.output, buffers_.attended.data(), shape_.query_size(), thread, num_threads);
+    add_product(
+        layer.output, buffers_.attended.data(), shape_.query_size(), from, to, thread, num_threads);
+  }
+
+  void run_mlp(
+      const Layer<T>& layer, const float* from, float* to, int thread, int num_threads) {
     multiply_packed(
-        layer.gate_up, normed(layer.mlp_norm, thread, num_threads), normed_stride(), num_rows,
-        thread, num_threads, [&](int64_t row, int64_t column, const auto& sums) {
+        layer.gate_up, normed(layer.mlp_norm, thread, num_threads), normed_stride(),
+        step_.num_rows, thread, num_threads,
+        [&](int64_t row, int64_t column, const auto& sums) {
           store_gated(sums, buffers_.active.data() + row * active_stride(), column / 2, layer);
         });
     team_.meet(num_threads);
-    add_product(layer.down, buffers_.active.data(), active_stride(), thread, num_threads);
+    add_product(
+        layer.down, buffers_.active.data(), active_stride(), from, to, thread, num_threads);
   }
 
   // The normed hidden states; few rows as this thread's own copy, which saves a meeting.
@@ -252,15 +272,16 @@ class DecoderStep {
     }
   }
 
-  // hidden += input * weights^T
+  // to = from + input * weights^T
   void add_product(
-      const Packed<T>& weights, const T* input, int64_t stride, int thread, int num_threads) {
+      const Packed<T>& weights, const T* input, int64_t stride, const float* from, float* to,
+      int thread, int num_threads) {
     const int64_t width = shape_.hidden_size;
     multiply_packed(
         weights, input, stride, step_.num_rows, thread, num_threads,
         [&](int64_t row, int64_t column, const auto& sums) {
-          float* out = hidden() + row * width;
-          store_sums(sums, out, out, column, width);
+          const float* added = from == nullptr ? nullptr : from + row * width;
+          store_sums(sums, added, to + row * width, column, width);
         });
     team_.meet(num_threads);
   }
@@ -271,6 +292,35 @@ class DecoderStep {
   Buffers<T>& buffers_;
   Team team_;
   std::vector<std::pair<int64_t, std::unique_ptr<Attention>>> attention_;
+};
+
+// The last norm and the head, for some rows of the hidden states.
+template <typename T>
+struct HeadStep {
+  Packed<T> weights;
+  const float* norm = nullptr;
+  const int64_t* indexes = nullptr;
+  int64_t num_rows = 0;
+  std::vector<T> normed;  // [num_rows, what products read]
+  Team team;
+
+  // By each of `num_threads` threads: logits [num_rows, num_outputs].
+  void run(
+      const StackShape& shape, const float* hidden, float* logits, int thread, int num_threads) {
+    const int64_t stride = weights.input_stride(), width = weights.num_outputs;
+    const int64_t end = num_rows * (thread + 1) / num_threads;
+    for (int64_t row = num_rows * thread / num_threads; row < end; ++row) {
+      normalise(
+          hidden + indexes[row] * shape.hidden_size, norm, normed.data() + row * stride,
+          shape.hidden_size, shape.eps);
+    }
+    team.meet(num_threads);
+    multiply_packed(
+        weights, normed.data(), stride, num_rows, thread, num_threads,
+        [&](int64_t row, int64_t column, const auto& sums) {
+          store_sums(sums, nullptr, logits + row * width, column, width);
+        });
+  }
 };
 
 }  // namespace
