@@ -133,6 +133,7 @@ def engine_config(model: Path, layout: ParallelLayout, **overrides: object) -> E
         "max_num_seqs": 64,
         "max_num_batched_tokens": 256,
         "max_num_waiting": 256,
+        "max_in_flight": None,
         "block_size": 16,
         "kv_memory_bytes": 512 << 20,
         "num_kv_blocks": None,

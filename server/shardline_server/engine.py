@@ -169,6 +169,7 @@ class Engine:
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 max_num_waiting=config.max_num_waiting,
                 num_stages=config.layout.pp,
+                max_in_flight=config.max_in_flight,
                 enable_prefix_cache=config.enable_prefix_caching,
                 policy=config.policy,
             ),

@@ -65,6 +65,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     max_num_waiting: int
+    max_in_flight: int | None
     block_size: int
     kv_memory_bytes: int | None
     num_kv_blocks: int | None

@@ -81,6 +81,7 @@ def plan_engine(
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_num_waiting=settings.max_num_waiting,
+        max_in_flight=settings.max_in_flight,
         block_size=choose_block_size(settings.block_size, device),
         kv_memory_bytes=int(settings.kv_memory) if settings.kv_memory else None,
         num_kv_blocks=settings.num_kv_blocks,

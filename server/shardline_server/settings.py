@@ -138,6 +138,9 @@ class ServeSettings(DoorSettings, BaseSettings):
     max_num_batched_tokens: Annotated[Count, Flag("Memory and scheduling", "TOKENS")] = Field(
         2048, description="tokens computed in one step"
     )
+    max_in_flight: Annotated[Count | None, Flag("Memory and scheduling", "N")] = Field(
+        None, description="steps inside the pipe at once [default: one for each stage]"
+    )
     max_num_waiting: Annotated[Count, Flag("Memory and scheduling", "N")] = Field(
         1024, description="requests that may wait; more are refused with 503"
     )
