@@ -143,7 +143,11 @@ class Builder:
             binds=(*self._machine.mounts, *mounts),
         )
         running = container.start(["/bin/sh", "-c", instruction.text])
-        if status := running.process.wait():
+        try:
+            status = running.process.wait()
+        finally:
+            running.kill()
+        if status != 0:
             raise instruction.error(f"ended with status {status}")
         for _, target in mounts:
             (stage.root / target.relative_to("/")).unlink()

@@ -43,15 +43,23 @@ def check_image(image: Stage, folder: Path, report: Report) -> None:
         is_read_only=True,
         network="none",
     )
+    _check_alone(image, container, report)
+    kernels = sorted((folder / "volumes/cache").rglob("paged_attention*.so"))
+    _require(bool(kernels), "the attention kernel has not been compiled")
+    report(f"compiled in the volume: {kernels[0].relative_to(folder / 'volumes')}")
+    _check_two_nodes(image, container, report)
+
+
+def _check_alone(image: Stage, container: Container, report: Report) -> None:
     with _started(container, image.entrypoint, image.command) as server:
         took_s = _wait_healthy(server, image)
         report(f"healthy after {took_s:.0f} s, root read-only, no network but loopback")
         _check_isolation(server, image)
         _ask_both_doors(server, report)
-        kernels = sorted((folder / "volumes/cache").rglob("*.so"))
-        _require(bool(kernels), "the attention kernel has not been compiled")
-        report(f"compiled in the volume: {kernels[0].relative_to(folder / 'volumes')}")
         report(f"SIGTERM: status 0 after {_stop(server):.1f} s")
+
+
+def _check_two_nodes(image: Stage, container: Container, report: Report) -> None:
     container = replace(container, env=image.env | {"SHARDLINE_SECRET": secrets.token_hex()})
     with (
         _started(container, image.entrypoint, HEAD) as head,
