@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardline_shards.errors import LostPeer
+from shardline_shards.ledger import Ledger, Operation
 from shardline_shards.shared_memory import SharedMemoryCollectives, share_memory
 
 
@@ -119,9 +120,10 @@ class StageCollectives:
     The group behind them goes when a rank of it dies, and another comes. Raise LostPeer.
     """
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int, ledger: Ledger) -> None:
         self.rank = rank
         self.size = size
+        self._ledger = ledger
         self._current: Collectives | None = None
 
     def form(self, group: dist.ProcessGroup, device: torch.device) -> None:
@@ -139,6 +141,7 @@ class StageCollectives:
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over ranks; the same bits on every rank. May overwrite `tensor`."""
+        self._ledger.note(Operation.ALL_REDUCE, tensor.shape)
         try:
             return self._group().all_reduce(tensor)
         except RuntimeError as error:
@@ -146,6 +149,7 @@ class StageCollectives:
 
     def gather_last_dim(self, tensor: Tensor, sizes: list[int]) -> Tensor:
         """Concatenate [..., sizes[rank]] over ranks on rank 0; others get their own part back."""
+        self._ledger.note(Operation.GATHER, (*tensor.shape[:-1], sum(sizes)))
         try:
             return self._group().gather_last_dim(tensor, sizes)
         except RuntimeError as error:

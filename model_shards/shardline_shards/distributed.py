@@ -17,6 +17,7 @@ from torch._C._distributed_c10d import Store, TCPStore
 from shardline_shards.collectives import Collectives, SingleRank, StageCollectives, brief
 from shardline_shards.errors import LostPeer
 from shardline_shards.layout import ParallelLayout, Place
+from shardline_shards.ledger import Ledger, Operation
 
 _FORM_TIMEOUT = timedelta(minutes=5)
 
@@ -59,14 +60,20 @@ class Communicators:
     """What one worker uses to reach others; all groups are formed at once, none later."""
 
     def __init__(
-        self, layout: ParallelLayout, place: Place, host: str, device: torch.device
+        self,
+        layout: ParallelLayout,
+        place: Place,
+        host: str,
+        device: torch.device,
+        ledger: Ledger,
     ) -> None:
+        self.ledger = ledger
         self.layout = layout
         self.place = place
         self.device = device
         self.previous: StageLink | None = None
         self.next: StageLink | None = None
-        self._stage = StageCollectives(place.tp_rank, layout.tp) if layout.tp > 1 else None
+        self._stage = StageCollectives(place.tp_rank, layout.tp, ledger) if layout.tp > 1 else None
         self._backend = "nccl" if device.type == "cuda" else "gloo"
         if layout.world_size > 1:
             os.environ[f"{self._backend.upper()}_SOCKET_IFNAME"] = interface_of(host)
@@ -130,9 +137,9 @@ class Communicators:
                 receiver = Place(stage_index + 1, tp_rank)
                 group = dist.new_group([layout.rank(sender), layout.rank(receiver)])
                 if place == sender:
-                    self.next = StageLink(group, layout.rank(receiver), str(receiver))
+                    self.next = StageLink(group, layout.rank(receiver), receiver, self.ledger)
                 elif place == receiver:
-                    self.previous = StageLink(group, layout.rank(sender), str(sender))
+                    self.previous = StageLink(group, layout.rank(sender), sender, self.ledger)
 
     def close(self) -> None:
         """Leave all groups, together: a rank that leaves early breaks what others still receive."""
@@ -157,14 +164,18 @@ class StageLink:
 
     MAX_PENDING = 4
 
-    def __init__(self, group: dist.ProcessGroup, peer: int, peer_name: str) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, peer: int, peer_place: Place, ledger: Ledger
+    ) -> None:
         self._group = group
         self._peer = peer
-        self._peer_name = peer_name
+        self._peer_name = str(peer_place)
+        self._ledger = ledger
         self._pending: deque[tuple[dist.Work | None, Tensor]] = deque()
 
     def send(self, hidden: Tensor) -> None:
         """Hand on hidden states; the tensor is kept until it has left."""
+        self._ledger.note(Operation.SEND, hidden.shape)
         hidden = hidden.contiguous()
         with _losing(f"the connection to {self._peer_name} broke"):
             work = dist.isend(hidden, self._peer, group=self._group)
@@ -187,6 +198,7 @@ class StageLink:
         self, num_tokens: int, width: int, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
         """Wait for hidden states [num_tokens, width]."""
+        self._ledger.note(Operation.RECEIVE, (num_tokens, width))
         hidden = torch.empty(num_tokens, width, dtype=dtype, device=device)
         with _losing(f"the connection to {self._peer_name} broke"):
             dist.recv(hidden, self._peer, group=self._group)

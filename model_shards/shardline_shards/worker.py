@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from zlib import crc32
 
 import msgspec
 import torch
@@ -28,6 +29,7 @@ from shardline_shards.checkpoint import LoadReport, load_dummy, load_weights
 from shardline_shards.distributed import Communicators, host_store
 from shardline_shards.errors import LostPeer, ShardError, UnsupportedModel
 from shardline_shards.host_memory import available_memory
+from shardline_shards.ledger import Ledger, Operation
 from shardline_shards.messages import (
     Allocate,
     Failed,
@@ -63,6 +65,7 @@ class EngineChannel:
         self._socket.setsockopt(zmq.IDENTITY, name)
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.connect(address)
+        self.checksum = 0
 
     def send(self, message: FromWorker) -> None:
         """Queue a message for the engine."""
@@ -73,8 +76,10 @@ class EngineChannel:
         return bool(self._socket.poll(within_ms))
 
     def receive(self) -> ToWorker:
-        """Wait for the engine's next message."""
-        message: ToWorker = decode_to_worker(self._socket.recv())
+        """Wait for the engine's next message; `checksum` is of its bytes, the same to all ranks."""
+        payload = self._socket.recv()
+        self.checksum = crc32(payload)
+        message: ToWorker = decode_to_worker(payload)
         return message
 
     def close(self) -> None:
@@ -86,15 +91,18 @@ class EngineChannel:
 class Worker:
     """One (stage, tp rank) of the split model."""
 
-    def __init__(self, config: WorkerConfig) -> None:
+    def __init__(self, config: WorkerConfig, ledger: Ledger) -> None:
         self.config = config
+        self.ledger = ledger
         self.rank = config.layout.rank(config.place)
         self.device = _device(config)
         self.generation = config.generation
         self.channel = EngineChannel(
             config.engine_address, worker_name(self.rank, config.generation)
         )
-        self.communicators = Communicators(config.layout, config.place, config.host, self.device)
+        self.communicators = Communicators(
+            config.layout, config.place, config.host, self.device, ledger
+        )
         self.requests = RequestTable()
         self.timer = StepTimer(config.place.stage_index)
         self.timings = TimingLog()
@@ -148,6 +156,7 @@ class Worker:
     def _leave_groups(self) -> None:
         self._is_cut_off = True
         self._store = None
+        self.ledger.rest()
         self.communicators.abandon()
 
     def _join(self) -> None:
@@ -255,6 +264,8 @@ class Worker:
 
     def _compute(self, plan: StepPlan) -> StepResult | None:
         """Carry out a plan; the result, on the rank that draws tokens."""
+        num_tokens = sum(part.num_scheduled_tokens for part in plan.scheduled)
+        self.ledger.begin(plan.step_id, self.channel.checksum, num_tokens)
         self.requests.apply(plan)
         assert self.batches is not None
         batch = self.batches.build(plan, self.requests)
@@ -270,6 +281,7 @@ class Worker:
         if link is not None:
             link.send(output)
         self.timer.lap(Part.SEND)
+        self.ledger.finish()
         return result
 
     def _wait_for_device(self) -> None:
@@ -284,6 +296,7 @@ class Worker:
         return link.receive(batch.num_tokens, self.stage.hidden_size, self.stage.dtype, self.device)
 
     def _draw(self, step_id: int, batch: StepBatch, logits: Tensor) -> StepResult:
+        self.ledger.note(Operation.DRAW, logits.shape, is_shared=False)
         return StepResult(
             step_id, self._sampled(batch, logits), self._prompt_logprobs(batch, logits)
         )
@@ -338,7 +351,7 @@ def _free_memory(device: torch.device) -> int:
     return available_memory()
 
 
-def run_worker(config: WorkerConfig) -> int:
+def run_worker(config: WorkerConfig, ledger: Ledger) -> int:
     """Be the worker that `config` describes, to the end; returns the exit status."""
     pin_to(config.cpu_ids)
     torch.set_num_threads(config.num_threads)
@@ -347,7 +360,7 @@ def run_worker(config: WorkerConfig) -> int:
         format=f"%(asctime)s %(levelname)s [{config.place}] %(message)s",
         stream=sys.stderr,
     )
-    return _run(Worker(config))
+    return _run(Worker(config, ledger))
 
 
 def _run(worker: Worker) -> int:

@@ -1,8 +1,9 @@
-"""Entry point of a worker process: `python -m shardline_shards.worker_process PARENT_PID`.
+"""Entry point of a worker process: `python -m shardline_shards.worker_process PARENT_PID LEDGER`.
 
-Takes a `WorkerConfig` as JSON on standard input, and may be given it long after it was started.
-Kept apart from the worker because importing torch takes seconds: a process must be tied to its
-parent before that, and one that has it behind it can take a dead worker's place at once.
+The second is the descriptor of its ledger, inherited. Takes a `WorkerConfig` as JSON on standard
+input, and may be given it long after it was started. Kept apart from the worker because importing
+torch takes seconds: a process must be tied to its parent before that, and one that has it behind it
+can take a dead worker's place at once.
 """
 
 import os
@@ -10,6 +11,7 @@ import sys
 
 import msgspec
 
+from shardline_shards.ledger import Ledger
 from shardline_shards.messages import WorkerConfig
 from shardline_shards.process import name_process, start_child
 
@@ -25,7 +27,7 @@ def main() -> None:
     config = msgspec.json.decode(line, type=WorkerConfig)
     place = config.place
     name_process(f"worker stage={place.stage_index} tp={place.tp_rank}")
-    status = run_worker(config)
+    status = run_worker(config, Ledger(int(sys.argv[2])))
     os._exit(status)  # not sys.exit: taking torch down in order costs seconds
 
 

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import msgspec
 from msgspec import Struct
@@ -23,14 +24,20 @@ def start_child_process(
 
 
 def prepare_child_process(
-    module: str, *arguments: str, environment: dict[str, str] | None = None
+    module: str,
+    *arguments: str,
+    environment: dict[str, str] | None = None,
+    descriptors: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
-    """Run `python -m module arguments…`; it waits for its configuration."""
+    """Run `python -m module arguments…`; it inherits `descriptors`, and waits for its
+    configuration.
+    """
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=os.environ | (environment or {}),
+        pass_fds=descriptors,
     )
 
 

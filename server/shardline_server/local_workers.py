@@ -1,11 +1,11 @@
 """The worker processes of one node: started with their share of its cores and memory, and ended."""
 
 import os
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
+import psutil
 
 from shardline_server.child import (
     configure_child_process,
@@ -14,30 +14,57 @@ from shardline_server.child import (
     stop_child_processes,
 )
 from shardline_shards.layout import Place, deal
+from shardline_shards.ledger import Entry, Ledger
 from shardline_shards.messages import WorkerConfig
 
+_STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 _CPU_MEMORY_SHARE = 0.5
 _CUDA_MEMORY_SHARE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """A worker process that has ended, and how."""
+    """A worker process that has ended, how, and what it was doing."""
 
     place: Place
     how: str
+    entry: Entry | None
 
     def __str__(self) -> str:
-        return f"the worker of {self.place} {self.how}"
+        doing = "before its first step" if self.entry is None else str(self.entry)
+        return f"the worker of {self.place} {self.how}, {doing}"
+
+    @property
+    def step_id(self) -> int | None:
+        """The step that it died in, if it was in one."""
+        return self.entry.step_id if self.entry is not None and self.entry.is_running else None
+
+
+class _WorkerProcess:
+    """A child with a ledger; until it is configured it takes no place."""
+
+    def __init__(self, num_threads: int) -> None:
+        self.ledger = Ledger.create()
+        self.process = prepare_child_process(
+            "shardline_shards.worker_process",
+            str(os.getpid()),
+            str(self.ledger.descriptor),
+            environment=thread_environment(num_threads),
+            descriptors=(self.ledger.descriptor,),
+        )
+
+    @property
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
 
 
 class LocalWorkers:
     """Processes by place; all of them children of this process."""
 
     def __init__(self) -> None:
-        self._processes: dict[Place, subprocess.Popen[bytes]] = {}
+        self._workers: dict[Place, _WorkerProcess] = {}
         self._configs: dict[Place, WorkerConfig] = {}
-        self._spare: subprocess.Popen[bytes] | None = None
+        self._spare: _WorkerProcess | None = None
 
     def start(self, configs: Sequence[WorkerConfig], threads_per_worker: int | None) -> None:
         """Start one process for each config; cores and free memory are dealt out among them."""
@@ -58,8 +85,8 @@ class LocalWorkers:
         The first one takes the spare process, if there is one.
         """
         for place in places:
-            self._processes[place].kill()
-        stop_child_processes([self._processes[place] for place in places])
+            self._workers[place].process.kill()
+        _end([self._workers[place] for place in places])
         for place in places:
             self._start(msgspec.structs.replace(self._configs[place], generation=generation))
 
@@ -68,46 +95,58 @@ class LocalWorkers:
 
         With the threads that the first worker has; a worker sets its own when it is configured.
         """
-        if self._spare is None or self._spare.poll() is not None:
-            num_threads = next(iter(self._configs.values())).num_threads
-            self._spare = _prepare(num_threads)
+        if self._spare is not None and not self._spare.is_alive:
+            _end([self._spare])
+            self._spare = None
+        if self._spare is None:
+            self._spare = _WorkerProcess(next(iter(self._configs.values())).num_threads)
 
     def ended(self) -> list[Death]:
         """The workers that have ended."""
         return [
-            Death(place, describe_exit(process.returncode))
-            for place, process in self._processes.items()
-            if process.poll() is not None
+            Death(place, describe_exit(worker.process.returncode), worker.ledger.read())
+            for place, worker in self._workers.items()
+            if not worker.is_alive
+        ]
+
+    @property
+    def ledgers(self) -> dict[Place, Ledger]:
+        """What every worker here is doing."""
+        return {place: worker.ledger for place, worker in self._workers.items()}
+
+    def find_stopped(self) -> list[Place]:
+        """Workers whose process is stopped, as by SIGSTOP or a debugger."""
+        return [
+            place
+            for place, worker in self._workers.items()
+            if worker.is_alive and psutil.Process(worker.process.pid).status() in _STOPPED
         ]
 
     def join(self) -> None:
         """Wait for workers that were told to stop; end those that do not."""
-        processes = list(self._processes.values())
+        workers = list(self._workers.values())
         if self._spare is not None:
-            self._spare.kill()
-            processes.append(self._spare)
-        stop_child_processes(processes)
+            self._spare.process.kill()
+            workers.append(self._spare)
+        _end(workers)
 
     def kill(self) -> None:
         """End all at once."""
-        for process in self._processes.values():
-            process.kill()
+        for worker in self._workers.values():
+            worker.process.kill()
         self.join()
 
     def _start(self, config: WorkerConfig) -> None:
         spare, self._spare = self._spare, None
-        is_alive = spare is not None and spare.poll() is None
-        process = spare if spare and is_alive else _prepare(config.num_threads)
-        configure_child_process(process, config)
-        self._processes[config.place] = process
+        worker = spare or _WorkerProcess(config.num_threads)
+        configure_child_process(worker.process, config)
+        self._workers[config.place] = worker
 
 
-def _prepare(num_threads: int) -> subprocess.Popen[bytes]:
-    return prepare_child_process(
-        "shardline_shards.worker_process",
-        str(os.getpid()),
-        environment=thread_environment(num_threads),
-    )
+def _end(workers: Sequence[_WorkerProcess]) -> None:
+    stop_child_processes([worker.process for worker in workers])
+    for worker in workers:
+        worker.ledger.close()
 
 
 def thread_environment(num_threads: int) -> dict[str, str]:

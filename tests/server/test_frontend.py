@@ -11,6 +11,7 @@ from tests.server.running import running_frontend
 
 from shardline_server.errors import ConfigError
 from shardline_server.frontend import Addresses, Frontend, FrontendConfig
+from shardline_server.messages import EngineRecovering
 
 
 def start(folder, **values):
@@ -68,6 +69,34 @@ def test_stopping_ends_open_streams_with_an_error_and_closes_the_doors(own_peer,
         assert "shutting down" in json.loads(last.removeprefix("data: "))["error"]["message"]
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{url}/health")
+
+
+def test_while_workers_are_replaced_streams_wait_and_new_requests_come_back_later(
+    own_peer, tokenizer_folder
+):
+    own_peer.script = lambda submit: [delta(submit.request_id, 0, [300])]
+    with (
+        running_frontend(own_peer.address, tokenizer_folder) as running,
+        httpx.Client(base_url=running.addresses.http_url, timeout=30) as client,
+        client.stream("POST", "/v1/completions", json={"prompt": "a", "stream": True}) as response,
+    ):
+        next(lines := response.iter_lines())
+        own_peer.send(EngineRecovering("stage 1 was lost"))
+        while client.get("/ready").status_code == 200:
+            pass  # its news takes effect at once, else the test's time limit ends it
+        for refusal in (client.get("/ready"), client.post("/v1/completions", json={"prompt": "a"})):
+            assert refusal.status_code == 503
+            assert int(refusal.headers["Retry-After"]) > 0
+            assert "stage 1 was lost" in refusal.json()["error"]["message"]
+        health = client.get("/health")
+        assert (health.status_code, health.json()["status"]) == (200, "recovering")
+        own_peer.send(own_peer.ready)
+        while client.get("/ready").status_code != 200:
+            pass
+        assert client.get("/health").json() == {"status": "ok", "last_loss": "stage 1 was lost"}
+        request_id = own_peer.next_submit().request_id
+        own_peer.send_deltas(delta(request_id, 1, [301], finish_reason="length"))
+        assert [line for line in lines if line][-1] == "data: [DONE]"
 
 
 def test_grace_lets_a_request_finish(own_peer, tokenizer_folder):

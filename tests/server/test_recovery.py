@@ -87,7 +87,7 @@ def test_any_worker_may_die_under_running_streams(
         os.kill(find_worker(place).pid, signal.SIGKILL)
         engine.wait(lambda: all(outcome.finish_reason for outcome in engine.outcomes.values()))
         assert {name: o.token_ids for name, o in engine.outcomes.items()} == undisturbed
-        assert engine.losses.pop() == f"the worker of {place} was killed by signal 9"
+        assert f"the worker of {place} was killed by signal 9, " in engine.losses.pop()
         assert not engine.losses
         assert all(worker.is_running() for worker in others), "the others keep their weights"
         engine.outcomes.clear()
@@ -96,7 +96,7 @@ def test_any_worker_may_die_under_running_streams(
 
 
 def test_streams_through_both_doors_outlive_a_worker(tiny_model: Path) -> None:
-    options = {"max_tokens": 300, "ignore_eos": True}
+    options = {"max_tokens": 100, "ignore_eos": True}
     with (
         running_engine_process(tiny_model) as engine,
         running_frontend(engine.read_address(), tiny_model) as running,
@@ -106,7 +106,7 @@ def test_streams_through_both_doors_outlive_a_worker(tiny_model: Path) -> None:
         ThreadPoolExecutor(32) as threads,
     ):
         undisturbed = [http.complete("The", seed=i, **options).text for i in range(16)]
-        begun = threading.Barrier(33)
+        begun = threading.Barrier(33, timeout=60)  # breaks for all when one fails
 
         def read(client: Client, seed: int) -> str:
             with client.stream_complete("The", seed=seed, **options) as stream:
@@ -115,20 +115,14 @@ def test_streams_through_both_doors_outlive_a_worker(tiny_model: Path) -> None:
                 for _ in pieces:
                     pass
                 assert stream.completion.finish_reason == "length"
-                assert stream.completion.usage.completion_tokens == 300
+                assert stream.completion.usage.completion_tokens == 100
                 return stream.completion.text
 
         streams = [threads.submit(read, client, i) for client in (http, grpc) for i in range(16)]
         begun.wait()
         find_worker(Place(1, 0)).kill()
-        while (refusal := probe.get("/ready")).status_code == 200:
-            pass
-        assert refusal.status_code == 503
-        assert "Retry-After" in refusal.headers
-        assert "stage 1, tp rank 0 was killed by signal 9" in refusal.text
-        assert probe.get("/health").json()["status"] == "recovering"
-        assert probe.post("/v1/completions", json={"prompt": "The"}).status_code == 503
         assert [stream.result() for stream in streams] == undisturbed * 2
         assert probe.get("/ready").status_code == 200
-        assert "stage 1" in probe.get("/health").json()["last_loss"]
+        reason = "stage 1, tp rank 0 was killed by signal 9"
+        assert reason in probe.get("/health").json()["last_loss"]
         assert 'recoveries_total{model_name="tiny"} 1.0' in probe.get("/metrics").text

@@ -13,6 +13,7 @@ from shardline_shards.batch import BatchBuilder, RequestTable
 from shardline_shards.checkpoint import LoadReport, load_weights
 from shardline_shards.distributed import Communicators
 from shardline_shards.layout import ParallelLayout, deal_heads
+from shardline_shards.ledger import Ledger
 from shardline_shards.stage import Stage
 from shardline_shards.stage_model import build_stage_model, load_config
 from tests.shards.ranks import HOST, RankPool
@@ -91,7 +92,7 @@ def run_rank(
 ) -> tuple[dict[tuple[int, int], list[float]], LoadReport]:
     """One rank of a split model executes plans; rank (last stage, tp 0) returns logits by token."""
     device, place = torch.device("cpu"), layout.place(rank)
-    communicators = Communicators(layout, place, HOST, device)
+    communicators = Communicators(layout, place, HOST, device, Ledger.create())
     communicators.form(store)  # type: ignore[arg-type]
     config, weights = load_config(folder), getattr(torch, dtype)
     model = build_stage_model(config, layout, place, communicators.collectives, weights, device)
