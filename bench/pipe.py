@@ -52,11 +52,9 @@ def main() -> None:
     parser.add_argument("--streams", nargs="+", type=int, default=[32])
     parser.add_argument("--waves", type=int, default=1)
     arguments, options = parser.parse_known_args()
-    print(
-        "| layout | in flight | streams | tokens/s | mean TPOT ms | mean TTFT ms | by stage: ",
-        end="",
-    )
-    print("compute / communication / starved / scheduler |\n|---|---|---|---|---|---|---|")
+    print("Stages: compute / communication / starved / scheduler, of the time with work\n")
+    print("| layout | in flight | streams | tokens/s | mean TPOT ms | mean TTFT ms | stages |")
+    print("|---|---|---|---|---|---|---|")
     for layout in arguments.layouts:
         for in_flight in arguments.in_flight if layout != "1x1" else [1]:
             given = [*options, "--max-in-flight", str(in_flight)]

@@ -254,6 +254,7 @@ class Engine:
         """Bring the workers back, and let everybody compute again what he has."""
         self.frontends.send_all(EngineRecovering(str(loss)))
         self.scheduler.requeue_all(time.monotonic())
+        self.pipe.lost()
         self._recovery.run(loss)
         self._is_back()
 

@@ -70,6 +70,10 @@ class PipeAccounting:
         self._steps[step_id] = _Step(now)
         self._since = now
 
+    def lost(self) -> None:
+        """No result comes any more for the plans that have been sent."""
+        self._steps.clear()
+
     def settled(self, has_work: bool, now: float) -> None:
         """The engine has nothing more to plan for now."""
         self._timeline.settled(has_work, now)

@@ -36,10 +36,11 @@ def cluster(
     costs: tuple[float, ...] = COSTS,
     noise: float = 0.0,
     router: str = "earliest-finish",
+    overhead_s: float = 1e-3,
     **settings: object,
 ) -> Cluster:
     model = given_costs(costs, num_stages)
-    model.trip_overhead_s = 1e-3
+    model.trip_overhead_s = overhead_s
     replicas = [
         Replica(config(num_stages, **settings), model, make_noise(noise, number))
         for number in range(num_replicas)
@@ -115,8 +116,7 @@ def test_utilisation_is_the_mean_micro_batch_over_the_longest() -> None:
         Visit(0, 0.0, long, num_output, num_output),
         Visit(1, 0.0, short, num_output, num_output),
     ]
-    simulated = cluster(costs=(a_ms, 0.0, 0.0, d_ms, 0.0))
-    simulated.replicas[0].pipe._hop_s = 0.0
+    simulated = cluster(costs=(a_ms, 0.0, 0.0, d_ms, 0.0), overhead_s=0.0)
     simulated.run(made)
 
     def used(num_said: float) -> float:
@@ -134,8 +134,7 @@ def test_utilisation_is_the_mean_micro_batch_over_the_longest() -> None:
 
 def test_one_stage_that_always_has_work_is_always_used() -> None:
     made = visits(40, 1000.0)
-    simulated = cluster(num_stages=1)
-    simulated.replicas[0].pipe._hop_s = 0.0
+    simulated = cluster(num_stages=1, overhead_s=0.0)
     simulated.run(made)
     assert summarize_pipes(simulated.replicas, simulated.now).utilisation == pytest.approx(1.0)
 
@@ -225,3 +224,8 @@ def test_wrong_words_are_refused_in_one_line(words: list[str], problem: str) -> 
     assert result.exit_code == 2
     assert problem in result.output
     assert "Traceback" not in result.output
+
+
+def test_the_command_knows_every_router() -> None:
+    (option,) = [p for p in main.commands["simulate"].params if p.name == "router"]
+    assert set(option.type.choices) == set(ROUTERS)  # type: ignore[attr-defined]
