@@ -50,7 +50,9 @@ class Admission:
         Raises BudgetImpossible, BudgetUnmet or TenantQuotaExceeded, unless it would rather be
         degraded.
         """
-        terms = request.terms = Terms(num_planned_tokens=self.lengths.planned(request))
+        terms = request.terms = Terms(
+            num_planned_tokens=self.lengths.planned(request), num_cached_tokens=num_cached_tokens
+        )
         is_measured = self._pricing.model.is_ready
         first_s = token_s = 0.0
         if is_measured:

@@ -72,10 +72,10 @@ class Expiries:
 
     def _best_prefill_s(self, request: Request) -> float:
         """What is left to plan of its prompt; what is in flight may be back at once."""
-        num_tokens = len(request.token_ids) - request.num_computed_tokens
-        if num_tokens == 0 or not self._model.is_ready:
+        context = max(request.num_computed_tokens, request.terms.num_cached_tokens)
+        num_tokens = len(request.token_ids) - context
+        if num_tokens <= 0 or not self._model.is_ready:
             return 0.0
-        context = request.num_computed_tokens
         return BEST_CASE * self._model.expected_prefill_seconds(num_tokens, context)
 
 

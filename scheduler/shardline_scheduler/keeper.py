@@ -12,7 +12,7 @@ from .cost_model import PipeModel
 from .expiry import Expiries
 from .policy import Policy
 from .request import Request
-from .target import TimeTarget
+from .target import Prompts, TimeTarget
 
 # Guests may delay promised prompts by a step while everybody is early by so many steps.
 _SLACK_STEPS = 4
@@ -64,8 +64,8 @@ class Keeper(Protocol):
         """How long a step with these promised decodes may become by adding decodes of guests."""
         ...
 
-    def aim(self, load: StepLoad, now: float, num_prompts: int, backlog: int) -> None:
-        """A step holds its decodes, and may take of `num_prompts` prompts of `backlog` tokens."""
+    def aim(self, load: StepLoad, now: float, prompts: Prompts) -> None:
+        """A step holds its decodes, and may take of these prompts."""
         ...
 
     def check(self) -> None:
@@ -110,7 +110,7 @@ class NoBudgets:
         """No limit."""
         return inf
 
-    def aim(self, load: StepLoad, now: float, num_prompts: int, backlog: int) -> None:
+    def aim(self, load: StepLoad, now: float, prompts: Prompts) -> None:
         """Nothing to do."""
 
     def check(self) -> None:
@@ -195,17 +195,18 @@ class BudgetKeeper:
             return step_s
         return step_s - min(capacity.work, ledger.demand.work)
 
-    def aim(self, load: StepLoad, now: float, num_prompts: int, backlog: int) -> None:
+    def aim(self, load: StepLoad, now: float, prompts: Prompts) -> None:
         """The time found at admission while prompts are promised; else what suits decodes."""
         ledger, pricing = self._admission.ledger, self._pricing
-        if not pricing.model.is_ready or not num_prompts:
+        if not pricing.model.is_ready or not prompts.count:
             return
-        longest_s = pricing.longest_step_s(ledger.seconds_per_token, load)
+        limit = ledger.seconds_per_token if prompts.has_promised_decodes else inf
+        longest_s = pricing.longest_step_s(limit, load)
         if len(ledger.demand):
             self._target.keep(min(ledger.step_s, longest_s))
         else:
             longest_s = min(longest_s, ledger.guard_s(now, pricing.max_in_flight))
-            self._target.aim(load, longest_s=longest_s, num_prompts=num_prompts, backlog=backlog)
+            self._target.aim(load, longest_s, prompts)
 
     def check(self) -> None:
         """Assert that nothing is counted that is over."""

@@ -37,6 +37,7 @@ from .queue import WaitingQueue
 from .request import FinishReason, Request, RequestState
 from .running import RunningRequests
 from .step import Step
+from .target import Prompts
 from .victims import Victims
 
 
@@ -226,7 +227,7 @@ class Scheduler:
         self._set_time(now)
         for request in list(self._running):
             self._release(request)
-            self._restart(request)
+            self._restart(request, num_cached_tokens=0)
         self._released.clear()
         self._in_flight.clear()
         self._memory.forget_prefixes()
@@ -349,7 +350,8 @@ class Scheduler:
     def _aim(self, step: Step, prefills: list[Request], now: float) -> None:
         num_tokens = self._waiting.num_tokens
         num_tokens += sum(len(r.token_ids) - r.num_computed_tokens for r in prefills)
-        self._keeper.aim(step.load, now, len(prefills) + len(self._waiting), num_tokens)
+        count, has_decodes = len(prefills) + len(self._waiting), self._running.num_promised_decodes
+        self._keeper.aim(step.load, now, Prompts(count, num_tokens, has_decodes > 0))
 
     def _order(self, request: Request) -> tuple[Key, int]:
         return self._policy.key(request), request.sequence
@@ -417,11 +419,12 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         self._release(request)
-        self._restart(request)
+        self._restart(request, request.num_computed_tokens)
         self._num_preemptions += 1
 
-    def _restart(self, request: Request) -> None:
+    def _restart(self, request: Request, num_cached_tokens: int) -> None:
         request.restart()
+        request.terms.num_cached_tokens = num_cached_tokens
         self._keeper.restart(request)
         self._waiting.push(request)
 

@@ -5,6 +5,7 @@ slowly, and no step uses up the slack of a single request. While first tokens ar
 the time that admission found feasible; without, decodes set it.
 """
 
+from dataclasses import dataclass
 from math import inf
 
 from .capacity import Pricing
@@ -18,6 +19,18 @@ _STEPS_FOR_BACKLOG = 8
 _LARGEST_MOVE = 1.1
 
 
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """What a step may choose from: so many prompts, and tokens of theirs to be computed.
+
+    `has_promised_decodes` is whether somebody's tokens have to come in time meanwhile.
+    """
+
+    count: int
+    num_tokens: int
+    has_promised_decodes: bool
+
+
 class TimeTarget:
     """A StepCost. Until the model has been measured, only the number of tokens is limited."""
 
@@ -25,9 +38,9 @@ class TimeTarget:
         self.step_s = inf
         self._pricing = pricing
 
-    def aim(self, load: StepLoad, *, longest_s: float, num_prompts: int, backlog: int) -> None:
-        """For a step that holds its decodes, when nobody's first token is promised: `num_prompts`
-        prompts of together `backlog` tokens are to be computed in steps of up to `longest_s`.
+    def aim(self, load: StepLoad, longest_s: float, prompts: Prompts) -> None:
+        """For a step of up to `longest_s` that holds its decodes, nobody's first token being
+        promised.
         """
         if not self._pricing.model.is_ready:
             return
@@ -36,8 +49,9 @@ class TimeTarget:
             return
         decodes_s = self._pricing.model.step_seconds(load)
         wanted = _DECODES_STRETCH * decodes_s
-        if num_prompts > 1:
-            part = self._pricing.model.prefill_seconds(backlog // _STEPS_FOR_BACKLOG, 0)
+        if prompts.count > 1:
+            num_tokens = prompts.num_tokens // _STEPS_FOR_BACKLOG
+            part = self._pricing.model.prefill_seconds(num_tokens, 0)
             wanted = max(wanted, decodes_s + part)
         if self.step_s < inf:
             least, most = self.step_s / _LARGEST_MOVE, self.step_s * _LARGEST_MOVE

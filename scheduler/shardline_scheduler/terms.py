@@ -22,8 +22,9 @@ class Terms:
     """`first_token_by` is a time in seconds, `seconds_per_token` the mean for each later token.
 
     A limit on the whole request has been split into these two. `prefill_s` and
-    `num_planned_tokens` are the work and the output length that were planned with. `turn` is the
-    tenant's virtual token counter at arrival, which orders guests of one class.
+    `num_planned_tokens` are the work and the output length that were planned with, and
+    `num_cached_tokens` are perhaps not to be computed. `turn` is the tenant's virtual token counter
+    at arrival, which orders guests of one class.
     """
 
     rank: Rank = Rank.UNLIMITED
@@ -31,6 +32,7 @@ class Terms:
     seconds_per_token: float = inf
     prefill_s: float = 0.0
     num_planned_tokens: int = 0
+    num_cached_tokens: int = 0
     turn: float = 0.0
 
     @property

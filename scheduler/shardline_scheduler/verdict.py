@@ -71,7 +71,12 @@ class Judge:
         return self._judge_prefill(ledger, arrival)
 
     def decodes_with(self, ledger: Ledger, arrival: Arrival) -> StepLoad:
-        """A step's part of the decodes with the newcomer, and those that places are kept for."""
+        """A step's part of the decodes with the newcomer, and those that places are kept for.
+
+        Nobody decodes beside the prompt of one who is alone.
+        """
+        if _is_alone(ledger, arrival):
+            return StepLoad()
         num_requests = len(ledger) + 1
         context = ledger.num_tokens + ledger.final_tokens(arrival.request)
         more = arrival.num_reserved
@@ -90,6 +95,10 @@ class Judge:
         limit = self._seconds_per_token(ledger, arrival)
         if limit == inf:
             return 0.0
+        if _is_alone(ledger, arrival):
+            own = self._pricing.share_of(1, ledger.final_tokens(arrival.request))
+            step_s = self._pricing.longest_step_s(limit, own)
+            return 0.0 if self._pricing.model.step_seconds(own) <= step_s else LEAST_WAIT_S
         decodes = self.decodes_with(ledger, arrival)
         if self._leaves_time(limit, decodes):
             return 0.0
@@ -143,6 +152,8 @@ class Judge:
         """With step times worth trying: as now, the whole prompt at once, finer ones."""
         pricing, decodes = self._pricing, self.decodes_with(ledger, arrival)
         limit = self._seconds_per_token(ledger, arrival)
+        if _is_alone(ledger, arrival):
+            limit = inf
         longest = pricing.longest_step_s(limit, decodes)
         num_tokens, context = arrival.num_uncached_tokens, arrival.num_cached_tokens
         first_s = arrival.newcomer.due - arrival.now
@@ -169,6 +180,10 @@ class Judge:
         step_s = self._pricing.longest_step_s(ledger.seconds_per_token, decodes)
         step_s = max(min(step_s, ledger.step_s), self._pricing.model.step_seconds(decodes))
         return self._pricing.max_in_flight * step_s + self._pricing.model.trip_overhead_s
+
+
+def _is_alone(ledger: Ledger, arrival: Arrival) -> bool:
+    return not len(ledger) and not arrival.num_reserved
 
 
 def _end_s(request: Request, token_s: float) -> float:

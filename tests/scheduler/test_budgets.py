@@ -5,10 +5,15 @@ from random import Random
 import pytest
 
 from shardline_scheduler import (
+    BudgetImpossible,
+    BudgetUnmet,
+    FinishReason,
     LatencyBudget,
+    OnMiss,
+    Priority,
 )
 
-from .machine import ONE_STAGE, Visit, machine
+from .machine import ONE_STAGE, Machine, Visit, machine
 
 
 def visits_at_rate(
@@ -44,3 +49,179 @@ def test_everyone_who_is_admitted_is_in_time(num_stages: int, rate: float):
     assert all(visit.met for visit in admitted)
     assert len(admitted) / len(visits) > (0.99 if rate == 2 else 0.3)
     print(len(admitted) / 60, len(visits) / 60)
+
+
+def test_first_come_first_served_is_late_for_nearly_all_where_edf_serves_its_capacity():
+    random = Random(1)
+    fcfs = machine(policy="fcfs")
+    visits = visits_at_rate(10, 60, random, TIGHT)
+    fcfs.run(visits)
+    assert share_met(visits) < 0.1
+    edf = machine()
+    visits = visits_at_rate(10, 60, Random(1), TIGHT)
+    edf.run(visits)
+    assert share_met(visits) > 0.4
+
+
+def test_what_an_empty_server_cannot_keep_is_impossible():
+    m = machine()
+    visits = [
+        Visit(0, 1.0, 1000, 10, LatencyBudget(ttft_ms=300)),  # 510 ms of prefill
+        Visit(1, 2.0, 10, 10, LatencyBudget(tpot_ms=9)),
+        Visit(2, 3.0, 10, 100, LatencyBudget(deadline_ms=1000)),
+        Visit(3, 4.0, 10, 50, LatencyBudget(deadline_ms=1000), max_tokens=100),
+        Visit(4, 6.0, 1000, 10, LatencyBudget(ttft_ms=800, tpot_ms=15)),
+    ]
+    m.run(visits)
+    kinds = [type(visit.refusal) for visit in visits]
+    # With nothing known of lengths, up to 100 tokens are planned with: 11 ms each are too many.
+    assert kinds == [BudgetImpossible] * 4 + [type(None)]
+    assert visits[0].refusal.predicted.ttft_ms > 500
+    assert "ttft_ms 300 asked" in str(visits[0].refusal)
+
+
+def test_an_empty_server_keeps_what_it_can_just_keep():
+    m = machine()
+    visit = Visit(0, 0.0, 1000, 40, LatencyBudget(ttft_ms=640, tpot_ms=13))
+    m.run([visit])
+    assert visit.met
+
+
+def test_one_who_is_refused_passes_when_he_comes_back_as_told():
+    """With jitter zero, and nobody else coming: the promise in Retry-After is kept."""
+    m = machine()
+    crowd = [Visit(i, 0.0, 256, 64, TIGHT) for i in range(60)]
+    m.run(crowd, until=0.01)
+    refused = [visit for visit in crowd if visit.refusal is not None]
+    assert refused and len(refused) < 60
+    (first, *_) = refused
+    assert isinstance(first.refusal, BudgetUnmet)
+    again = Visit(100, m.now + first.refusal.retry_after_s, 256, 64, TIGHT)
+    m.run([again])
+    assert again.refusal is None and again.met
+    assert all(visit.met for visit in crowd if visit.refusal is None)
+
+
+def test_a_hard_deadline_ends_a_request_as_soon_as_it_is_lost():
+    """Its output is longer than planned: steps are twice as long as the model believes."""
+    slow = tuple(2 * price for price in ONE_STAGE)
+    m = Machine(machine().scheduler, [slow])
+    visit = Visit(0, 0.0, 100, 100, LatencyBudget(deadline_ms=1500))
+    m.run([visit])
+    assert visit.is_hopeless and visit.last.finish_reason is FinishReason.DEADLINE
+    assert not visit.met and visit.end < 1.5
+    assert 0 < len(visit.token_times) < 100
+    assert visit.last.index == len(visit.token_times)
+
+
+def test_a_soft_budget_is_never_a_reason_to_end():
+    slow = tuple(2 * price for price in ONE_STAGE)
+    m = Machine(machine().scheduler, [slow])
+    soft = LatencyBudget(deadline_ms=1500, on_miss=OnMiss.DEGRADE)
+    visits = [Visit(i, 0.0, 100, 100, soft) for i in range(3)]
+    m.run(visits)
+    assert all(len(visit.token_times) == 100 and not visit.met for visit in visits)
+    (soft_stats,) = [c for c in m.scheduler.stats().classes if c.priority is Priority.STANDARD]
+    assert (soft_stats.num_met, soft_stats.num_missed, soft_stats.num_refused) == (0, 3, 0)
+
+
+def test_who_would_rather_be_late_is_taken_in_and_holds_up_nobody():
+    m = machine()
+    soft = LatencyBudget(ttft_ms=1500, tpot_ms=100, on_miss=OnMiss.DEGRADE)
+    hard = visits_at_rate(3, 60, Random(2), TIGHT)
+    late = visits_at_rate(10, 60, Random(3), soft, first=1000)
+    m.run([*hard, *late])
+    assert all(visit.refusal is None for visit in late)
+    assert all(visit.met for visit in hard if visit.refusal is None)
+    assert not all(visit.met for visit in late)
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_requests_without_limits_are_never_refused_and_make_nobody_late(num_stages: int):
+    stage = tuple(price / num_stages for price in ONE_STAGE)
+    m = machine([stage] * num_stages, num_blocks=600)
+    guests = visits_at_rate(10, 30, Random(4), LatencyBudget(), first=1000)
+    hard = visits_at_rate(3, 30, Random(5), TIGHT)
+    m.run([*guests, *hard])
+    assert all(visit.refusal is None for visit in guests)
+    assert all(len(visit.token_times) == visit.num_output for visit in guests)
+    admitted = [visit for visit in hard if visit.refusal is None]
+    assert len(admitted) > 0.7 * len(hard)
+    assert all(visit.met for visit in admitted)
+
+
+def test_guests_go_by_class_and_then_by_their_tenants_turns():
+    m = machine(max_num_seqs=1)
+    batch = LatencyBudget(priority=Priority.BATCH)
+    interactive = LatencyBudget(priority=Priority.INTERACTIVE)
+    visits = [
+        Visit(0, 0.0, 10, 2, tenant="busy"),
+        *(Visit(i, 0.001, 10, 2, tenant="busy") for i in (1, 2, 3)),
+        Visit(4, 0.002, 10, 2, batch),
+        Visit(5, 0.003, 10, 2, tenant="new"),
+        Visit(6, 0.004, 10, 2, interactive),
+    ]
+    m.run(visits)
+    order = sorted(visits, key=lambda visit: visit.end)
+    assert [visit.number for visit in order] == [0, 6, 5, 1, 2, 3, 4]
+
+
+def test_a_shorter_prompt_passes_a_longer_one_that_is_due_at_the_same_time():
+    m = machine(max_num_batched_tokens=256)
+    lax = LatencyBudget(ttft_ms=10_000)
+    visits = [Visit(0, 0.0, 2000, 1, lax), Visit(1, 0.1, 2000, 1, lax), Visit(2, 0.2, 50, 1, lax)]
+    m.run(visits)
+    assert [v.number for v in sorted(visits, key=lambda visit: visit.end)] == [2, 0, 1]
+
+
+def test_memory_at_its_peak_is_a_reason_to_refuse():
+    m = machine(num_blocks=40)  # 640 tokens
+    lax = LatencyBudget(deadline_ms=60_000)
+    visits = [Visit(i, 0.1 * i, 100, 200, lax) for i in range(4)]
+    m.run(visits)
+    kinds = [type(visit.refusal) for visit in visits]
+    assert kinds == [type(None), type(None), BudgetUnmet, BudgetUnmet]
+    assert all(visit.met for visit in visits if visit.refusal is None)
+    assert m.scheduler.stats().num_preemptions == 0
+
+
+def test_cached_prompt_tokens_count_for_nothing():
+    m = machine()
+    prompt = list(range(1000))
+    limit = LatencyBudget(ttft_ms=300)
+    cold = Visit(0, 0.0, 1000, 1, limit, prompt=prompt)
+    fill = Visit(1, 1.0, 1000, 1, prompt=prompt)
+    warm = Visit(2, 3.0, 1000, 1, limit, prompt=prompt)
+    m.run([cold, fill, warm])
+    assert isinstance(cold.refusal, BudgetImpossible)
+    assert warm.refusal is None and warm.met
+
+
+def test_planned_lengths_follow_what_a_class_says():
+    """Half of what max_tokens allows is never said: once known, more fit in."""
+    tight = LatencyBudget(deadline_ms=3000, tpot_ms=60)
+    m = machine()
+    before = [Visit(i, 0.0, 20, 20, tight, max_tokens=400) for i in range(2)]
+    m.run(before)
+    assert all(isinstance(visit.refusal, BudgetImpossible) for visit in before)
+    teach = [Visit(100 + i, 10.0 + i, 20, 20, max_tokens=400) for i in range(30)]
+    after = Visit(200, 60.0, 20, 20, tight, max_tokens=400)
+    m.run([*teach, after])
+    assert after.refusal is None and after.met
+
+
+def test_a_tenant_at_ten_times_its_share_costs_another_nothing():
+    def attainment(greedy_rate: float) -> float:
+        m = machine()
+        modest = visits_at_rate(1.0, 300, Random(6), TIGHT, tenant="modest")
+        greedy: list[Visit] = []
+        if greedy_rate:
+            greedy = visits_at_rate(
+                greedy_rate, 300, Random(7), TIGHT, tenant="greedy", first=100_000
+            )
+        m.run([*modest, *greedy])
+        assert all(visit.met for visit in greedy if visit.refusal is None)
+        warm = [visit for visit in modest if visit.arrival > 30]
+        return share_met(warm)
+
+    assert attainment(20.0) >= attainment(0.0) - 0.02
