@@ -18,7 +18,7 @@ from .policy import Policy
 from .request import Request
 from .tenants import INPUT_WEIGHT, OUTPUT_WEIGHT, Tenants
 from .terms import Rank, Terms
-from .verdict import LEAST_WAIT_S, Arrival, Judge
+from .verdict import LEAST_WAIT_S, Ahead, Arrival, Judge
 
 
 class Admission:
@@ -43,9 +43,8 @@ class Admission:
         self._charges: dict[Request, float] = {}
         self._nothing_promised = Ledger(config.block_size)
 
-    def admit(self, request: Request, now: float, num_cached_tokens: int, wait_s: float) -> None:
-        """Give the request its terms and prediction, and count it. `wait_s` is when a first chunk
-        of it can be planned.
+    def admit(self, request: Request, now: float, num_cached_tokens: int, ahead: Ahead) -> None:
+        """Give the request its terms and prediction, and count it.
 
         Raises BudgetImpossible, BudgetUnmet or TenantQuotaExceeded, unless it would rather be
         degraded.
@@ -58,13 +57,13 @@ class Admission:
         if is_measured:
             num_uncached = len(request.token_ids) - num_cached_tokens
             terms.prefill_s = self._pricing.model.prefill_seconds(num_uncached, num_cached_tokens)
-            first_s, token_s = self._predict(request, num_cached_tokens, wait_s)
+            first_s, token_s = self._predict(request, num_cached_tokens, ahead)
         self._tenants.ask(request.tenant, now, terms.prefill_s, terms.num_planned_tokens * token_s)
         if not request.budget.is_unlimited:
             terms.rank = Rank.PROMISED
-            _aim(request, first_s, token_s)
+            _aim(request, first_s, token_s, self._pricing.max_in_flight)
             if is_measured:
-                self._check(self._arrival(request, now, num_cached_tokens, wait_s))
+                self._check(self._arrival(request, now, num_cached_tokens, ahead))
         self._take_in(request)
 
     def start(self, request: Request) -> None:
@@ -115,7 +114,7 @@ class Admission:
         assert promised == set(self.ledger.requests), "promises to nobody, or forgotten ones"
 
     def _predict(
-        self, request: Request, num_cached_tokens: int, wait_s: float
+        self, request: Request, num_cached_tokens: int, ahead: Ahead
     ) -> tuple[float, float]:
         """Seconds to the first token, and of each later one; also told as the prediction."""
         ledger, pricing, terms = self.ledger, self._pricing, request.terms
@@ -126,7 +125,9 @@ class Admission:
         whole_s = pricing.step_s_of_prompt(decodes, num_tokens, num_cached_tokens)
         capacity = pricing.capacity(min(longest, max(whole_s, ledger.step_s)), decodes)
         before = ledger.demand.work_before(self._place(request)) + terms.prefill_s
-        first_s = wait_s + token_s + before / (capacity.work or capacity.step_s) * capacity.step_s
+        queue_s = before / (capacity.work or capacity.step_s) * capacity.step_s
+        wait_s = ahead.wait_s(capacity.step_s, pricing.max_in_flight)
+        first_s = wait_s + queue_s + token_s
         num_later = terms.num_planned_tokens - 1
         request.prediction = BudgetPrediction(
             ttft_ms=first_s * 1e3,
@@ -136,14 +137,14 @@ class Admission:
         return first_s, token_s
 
     def _arrival(
-        self, request: Request, now: float, num_cached_tokens: int, wait_s: float
+        self, request: Request, now: float, num_cached_tokens: int, ahead: Ahead
     ) -> Arrival:
         return Arrival(
             request=request,
             place=self._place(request),
             now=now,
             num_cached_tokens=num_cached_tokens,
-            wait_s=wait_s,
+            ahead=ahead,
         )
 
     def _check(self, arrival: Arrival) -> None:
@@ -153,7 +154,7 @@ class Admission:
         ledger, request = self.ledger, arrival.request
         verdict = self._judge.judge(ledger, arrival)
         if verdict.delay_s > 0:
-            alone = self._judge.judge(self._nothing_promised, replace(arrival, wait_s=0.0))
+            alone = self._judge.judge(self._nothing_promised, replace(arrival, ahead=Ahead()))
             if alone.delay_s > 0:
                 return self._refuse(arrival, BudgetImpossible(request.budget, request.prediction))
             wait_s = self._retry_after(verdict.delay_s)
@@ -202,10 +203,11 @@ class Admission:
         return self._policy.key(request), request.sequence
 
 
-def _aim(request: Request, first_s: float, token_s: float) -> None:
+def _aim(request: Request, first_s: float, token_s: float, max_in_flight: int) -> None:
     """Split the limits of a budget into a due first token and a time for each later one.
 
-    Of what a limit on the whole leaves over, prefill and decoding get half each.
+    Of what a limit on the whole leaves over, prefill and decoding get half each. Until a request
+    has its place among the decodes of several steps in flight, it may lose a round.
     """
     budget, terms, now = request.budget, request.terms, request.arrival_time
     num_later = terms.num_planned_tokens - 1
@@ -221,6 +223,8 @@ def _aim(request: Request, first_s: float, token_s: float) -> None:
         if num_later:
             left_s = now + whole_s - terms.first_token_by
             terms.seconds_per_token = min(terms.seconds_per_token, left_s / num_later)
+    if max_in_flight > 1 and num_later:
+        terms.seconds_per_token *= num_later / (num_later + 1)
 
 
 def _cost(num_input: int, num_output: int) -> float:

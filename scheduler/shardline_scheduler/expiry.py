@@ -61,8 +61,8 @@ class Expiries:
             return deadline
         # The mean of all tokens that may come: those still to come can make up for the others.
         late = request.first_token_time + budget.tpot_ms / 1e3 * (sampling.max_tokens - 1)
-        late -= (sampling.max_tokens - request.num_output_tokens) * token_s
-        return min(deadline, late)
+        num_left = sampling.max_tokens - request.num_output_tokens - request.is_token_in_flight
+        return min(deadline, late - num_left * token_s)
 
     def _best_token_s(self, request: Request) -> float:
         if not self._model.is_ready:

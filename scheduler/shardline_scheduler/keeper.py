@@ -13,6 +13,7 @@ from .expiry import Expiries
 from .policy import Policy
 from .request import Request
 from .target import Prompts, TimeTarget
+from .verdict import Ahead
 
 # Guests may delay promised prompts by a step while everybody is early by so many steps.
 _SLACK_STEPS = 4
@@ -28,7 +29,7 @@ class Keeper(Protocol):
         """When `pop_hopeless` may have something; infinity if there is nothing to wait for."""
         ...
 
-    def admit(self, request: Request, now: float, num_cached_tokens: int, wait_s: float) -> None:
+    def admit(self, request: Request, now: float, num_cached_tokens: int, ahead: Ahead) -> None:
         """A request arrives; raises a BudgetRefused where it is not taken in."""
         ...
 
@@ -81,7 +82,7 @@ class NoBudgets:
     def __init__(self, cost: StepCost) -> None:
         self.cost = cost
 
-    def admit(self, request: Request, now: float, num_cached_tokens: int, wait_s: float) -> None:
+    def admit(self, request: Request, now: float, num_cached_tokens: int, ahead: Ahead) -> None:
         """Whoever comes."""
 
     def start(self, request: Request) -> None:
@@ -139,9 +140,9 @@ class BudgetKeeper:
         """When the next budget may turn out to be lost."""
         return self._expiries.next_time
 
-    def admit(self, request: Request, now: float, num_cached_tokens: int, wait_s: float) -> None:
+    def admit(self, request: Request, now: float, num_cached_tokens: int, ahead: Ahead) -> None:
         """Promise it its budget, make it a guest, or raise a BudgetRefused."""
-        self._admission.admit(request, now, num_cached_tokens, wait_s)
+        self._admission.admit(request, now, num_cached_tokens, ahead)
         if request.terms.is_promised:
             self._expiries.watch(request)
 
@@ -202,6 +203,7 @@ class BudgetKeeper:
             return
         limit = ledger.seconds_per_token if prompts.has_promised_decodes else inf
         longest_s = pricing.longest_step_s(limit, load)
+        self._target.insist(always=not prompts.has_promised_decodes)
         if len(ledger.demand):
             self._target.keep(min(ledger.step_s, longest_s))
         else:

@@ -67,8 +67,13 @@ class RunningRequests:
 
     def end_promise(self, request: Request) -> None:
         """A running request becomes a guest."""
-        if request.request_index not in self._prefills:
-            self._num_promised_decodes -= 1
+        index, (promised, guests) = request.request_index, self._decodes
+        if index in self._prefills:
+            return
+        self._num_promised_decodes -= 1
+        if not request.is_token_in_flight:
+            promised.remove(index)
+            guests.append(index)
 
     def push_decode(self, request: Request) -> None:
         """Its token is back; it is the youngest."""

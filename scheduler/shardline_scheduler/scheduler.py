@@ -31,6 +31,7 @@ from .leaving import late_requests
 from .memory import KvMemory
 from .outcome import Outcomes, outcome_of
 from .outputs import RequestOutput, SchedulerStats
+from .pipe_clock import PipeClock
 from .plan import SampledToken, StepPlan, StepResult, TokenLogprobs
 from .policy import POLICIES, Key, Policy
 from .queue import WaitingQueue
@@ -38,6 +39,7 @@ from .request import FinishReason, Request, RequestState
 from .running import RunningRequests
 from .step import Step
 from .target import Prompts
+from .verdict import Ahead
 from .victims import Victims
 
 
@@ -90,6 +92,7 @@ class Scheduler:
         """Begin with this model, and with nothing counted."""
         self.cost_model = model
         self._log = StepLog(model)
+        self._clock = PipeClock(model)
         self._outcomes = Outcomes()
         self._keeper: Keeper
         if self._policy.keeps_budgets and self._cost is None:
@@ -127,7 +130,7 @@ class Scheduler:
         request.sequence = next(self._sequences)
         num_cached_tokens = len(self._memory.find_prefix(request)) * self.config.block_size
         try:
-            self._keeper.admit(request, now, num_cached_tokens, self._wait_s())
+            self._keeper.admit(request, now, num_cached_tokens, self._ahead())
         except BudgetRefused:
             self._outcomes.count_refused(request.budget)
             raise
@@ -159,6 +162,7 @@ class Scheduler:
             return None
         self._num_steps += 1
         self._log.put(step.step_id, step.load)
+        self._clock.plan(step.load, now)
         self._in_flight.append(
             _InFlight(step.step_id, step.num_samples, step.load, now, not self._in_flight)
         )
@@ -173,6 +177,7 @@ class Scheduler:
         expected = self._in_flight.popleft()
         assert result.step_id == expected.step_id, f"{result.step_id} instead of {expected}"
         assert len(result.tokens) == expected.num_samples, f"{len(result.tokens)} for {expected}"
+        self._clock.commit(now)
         if expected.is_alone:
             self.cost_model.observe_trip(expected.load, now - expected.planned_at)
         prompt_logprobs: dict[Request, list[TokenLogprobs]] = {}
@@ -230,6 +235,7 @@ class Scheduler:
             self._restart(request, num_cached_tokens=0)
         self._released.clear()
         self._in_flight.clear()
+        self._clock.clear()
         self._memory.forget_prefixes()
 
     def start_over(self, cost_model: PipeModel) -> None:
@@ -276,15 +282,12 @@ class Scheduler:
         assert now >= self._now, f"time runs back from {self._now} to {now}"
         self._now = now
 
-    def _wait_s(self) -> float:
-        """Until a newcomer's first chunk can be planned, as far as steps in flight tell."""
-        if not self._in_flight or not self.cost_model.is_ready:
-            return 0.0
-        if self.config.in_flight_limit == 1:
-            (step,) = self._in_flight
-            end = step.planned_at + self.cost_model.trip_seconds(step.load)
-            return max(0.0, end - self._now)
-        return max(self.cost_model.step_seconds(step.load) for step in self._in_flight)
+    def _ahead(self) -> Ahead:
+        back_in = self._clock.back_in(self._now)
+        if not back_in or not self.cost_model.is_ready:
+            return Ahead()
+        is_full = len(back_in) >= self.config.in_flight_limit
+        return Ahead(next_s=back_in[0] if is_full else 0.0, back_s=back_in[-1])
 
     def _plan_decodes(self, step: Step, victims: Victims, now: float) -> None:
         """Give decodes their token, oldest first; those of guests if they leave time for the rest.
@@ -295,6 +298,7 @@ class Scheduler:
         """
         in_flight, running = self.config.in_flight_limit, self._running
         self._take_decodes(step, victims, -(-running.num_promised_decodes // in_flight), inf)
+        self._make_way(victims)
         cap = -(-running.num_decodes // in_flight)
         if len(step) < cap:
             limit_s = self._keeper.guest_limit_s(step.load, now)
@@ -342,7 +346,7 @@ class Scheduler:
                 is_open = self._admit(step, head, victims)
                 continue
             request = prefills.pop()
-            if request.state is not RequestState.RUNNING:
+            if request.state is not RequestState.RUNNING or request.last_step_id == step.step_id:
                 continue  # It has just made room for another one.
             if not self._schedule_prefill(step, request):
                 break
@@ -365,18 +369,26 @@ class Scheduler:
         prefix = self._memory.find_prefix(request)
         if not step.can_take(len(prefix) * self.config.block_size):
             return False
-        while not self._has_place(request, prefix):
-            victim = victims.next_guest() if request.terms.is_promised else None
-            if victim is None:
-                return False
-            self._preempt(victim)
-            prefix = self._memory.find_prefix(request)
+        if not self._has_place(request, prefix):
+            return False
         self._waiting.pop()
         request.start(next(self._indexes), self._memory.admit(request, prefix))
         self._running.add(request)
         self._keeper.start(request)
         step.introduce(request)
         return self._schedule_prefill(step, request)
+
+    def _make_way(self, victims: Victims) -> None:
+        """Let guests step back for the first of the queue, if that is promised to be in time;
+        before they get a part of the step.
+        """
+        if not self._waiting or not (request := self._waiting.peek()).terms.is_promised:
+            return
+        while not self._has_place(request, self._memory.find_prefix(request)):
+            victim = victims.next_guest()
+            if victim is None:
+                break
+            self._preempt(victim)
 
     def _has_place(self, request: Request, prefix: list[int]) -> bool:
         """A seat, and the blocks: one for each of the others too, or their next tokens would throw

@@ -37,6 +37,7 @@ class TimeTarget:
     def __init__(self, pricing: Pricing) -> None:
         self.step_s = inf
         self._pricing = pricing
+        self._always = True
 
     def aim(self, load: StepLoad, longest_s: float, prompts: Prompts) -> None:
         """For a step of up to `longest_s` that holds its decodes, nobody's first token being
@@ -62,6 +63,10 @@ class TimeTarget:
         """For a step while first tokens are promised, which this time was found to suit."""
         self.step_s = step_s
 
+    def insist(self, *, always: bool) -> None:
+        """Whether a step with nothing else in it takes a few tokens however long they are."""
+        self._always = always
+
     def affordable_tokens(self, load: StepLoad, context: int, num_wanted: int) -> int:
         """As many as fit the time, in whole tiles if that is not all that are wanted."""
         pricing = self._pricing
@@ -69,7 +74,9 @@ class TimeTarget:
         if most < 1 or not pricing.model.is_ready:
             return most
         num_tokens = pricing.model.tokens_within(self.step_s, load, context)
-        if num_tokens < most:
+        if num_tokens >= most:
+            return most
+        if num_tokens >= pricing.tile:
             num_tokens -= (load.num_prefill_tokens + num_tokens) % pricing.tile
-            most = max(num_tokens, 0)
-        return most if most or load.num_tokens else min(num_wanted, pricing.tile)
+        is_needed = self._always and not load.num_tokens
+        return max(num_tokens, min(most, pricing.tile) if is_needed else 0)

@@ -15,17 +15,31 @@ from .request import NEVER, Request
 LEAST_WAIT_S = 0.05
 
 
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """What is in flight: the next step can be planned in `next_s`, the last one is back in
+    `back_s`.
+    """
+
+    next_s: float = 0.0
+    back_s: float = 0.0
+
+    def wait_s(self, step_s: float, max_in_flight: int) -> float:
+        """Until steps of `step_s` follow each other as in a pipe that has always done so."""
+        return max(self.next_s, self.back_s - (max_in_flight - 1) * step_s)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arrival:
-    """A request at the door. Its first chunk can be planned in `wait_s`; `num_reserved` requests
-    and a `reserved_share` of the time have to stay free beside it.
+    """A request at the door. `num_reserved` requests and a `reserved_share` of the time have to
+    stay free beside it.
     """
 
     request: Request
     place: Place
     now: float
     num_cached_tokens: int
-    wait_s: float
+    ahead: Ahead
     num_reserved: int = 0
     reserved_share: float = 0.0
 
@@ -138,7 +152,9 @@ class Judge:
         for capacity in self._capacities(ledger, arrival):
             if capacity.work <= 0:
                 continue
-            pace = self._pricing.pace(capacity, arrival.now + arrival.wait_s)
+            in_flight = self._pricing.max_in_flight
+            start = arrival.now + arrival.ahead.wait_s(capacity.step_s, in_flight)
+            pace = self._pricing.pace(capacity, start)
             has_limit = newcomer.due < inf
             if ledger.demand.least_slack(pace, newcomer if has_limit else None) >= 0:
                 return Verdict(0.0, capacity.step_s)

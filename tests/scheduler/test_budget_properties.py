@@ -1,0 +1,128 @@
+"""What holds for latency budgets on any machine whose steps take exactly what the model says."""
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from shardline_scheduler import BudgetUnmet, LatencyBudget, OnMiss, TenantQuotaExceeded
+from shardline_scheduler.demand import Demand, Newcomer, Pace
+
+from .machine import Machine, Prices, Visit, machine
+
+pytestmark = pytest.mark.timeout(900)  # A failure is shrunk for up to five minutes.
+IN_TIME = settings(
+    max_examples=100, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+
+prices = st.tuples(
+    st.floats(1e-3, 20e-3),
+    st.floats(0.05e-3, 1e-3),
+    st.floats(0.05e-3, 2e-3),
+    st.floats(0.0, 2e-6),
+    st.floats(0.0, 0.2e-6),
+)
+limits = st.fixed_dictionaries(
+    {},
+    optional={
+        "ttft_ms": st.floats(20, 5000),
+        "tpot_ms": st.floats(5, 300),
+        "deadline_ms": st.floats(100, 20_000),
+    },
+)
+budgets = st.builds(
+    lambda limits, on_miss: LatencyBudget(**limits, on_miss=on_miss),
+    limits,
+    st.sampled_from([OnMiss.REJECT, OnMiss.REJECT, OnMiss.DEGRADE]),
+)
+
+
+@st.composite
+def machines(draw: st.DrawFn) -> Machine:
+    stages: list[Prices] = draw(st.lists(prices, min_size=1, max_size=3))
+    return machine(
+        stages,
+        max_num_seqs=draw(st.sampled_from([4, 16, 64])),
+        max_num_batched_tokens=draw(st.sampled_from([64, 256, 2048])),
+        num_blocks=draw(st.sampled_from([300, 4000])),
+        max_in_flight=draw(st.sampled_from([None, None, len(stages) + 1])),
+    )
+
+
+@st.composite
+def visits(draw: st.DrawFn) -> list[Visit]:
+    gaps = draw(st.lists(st.floats(0.0, 0.5), min_size=1, max_size=40))
+    time, made = 0.0, []
+    for number, gap in enumerate(gaps):
+        time += gap
+        made.append(
+            Visit(
+                number,
+                time,
+                num_prompt=draw(st.integers(1, 1500)),
+                num_output=draw(st.integers(1, 120)),
+                budget=draw(budgets),
+                tenant=draw(st.sampled_from("ab")),
+            )
+        )
+    return made
+
+
+@given(m=machines(), crowd=visits())
+@IN_TIME
+def test_who_is_admitted_is_in_time_whoever_comes_later(m: Machine, crowd: list[Visit]) -> None:
+    m.run(crowd)
+    for visit in crowd:
+        if visit.refusal is None:
+            assert len(visit.token_times) == visit.num_output, visit
+            if visit.budget.on_miss is OnMiss.REJECT:
+                assert visit.met, visit
+        else:
+            assert visit.budget.on_miss is OnMiss.REJECT and not visit.budget.is_unlimited
+
+
+@given(m=machines(), crowd=visits())
+@IN_TIME
+def test_who_comes_back_as_told_is_admitted(m: Machine, crowd: list[Visit]) -> None:
+    """If nobody else comes meanwhile. The machine is stopped where the first one is told."""
+    told: list[Visit] = []
+    m.on_refusal = told.append
+    for visit in sorted(crowd, key=lambda visit: visit.arrival):
+        m.run([visit], until=visit.arrival)
+        if told:
+            break
+    if not told or not isinstance(told[0].refusal, BudgetUnmet | TenantQuotaExceeded):
+        return
+    (first,) = told
+    again = Visit(
+        1000,
+        m.now + first.refusal.retry_after_s,
+        first.num_prompt,
+        first.num_output,
+        first.budget,
+        first.tenant,
+    )
+    m.run([again])
+    assert again.refusal is None, again
+    assert again.met
+
+
+entries = st.lists(st.tuples(st.floats(0, 20), st.floats(0.001, 3)), min_size=0, max_size=12)
+
+
+@given(entries=entries, due=st.floats(0, 20), work=st.floats(0.001, 3), depth=st.integers(1, 3))
+def test_the_demand_test_agrees_with_doing_the_work(
+    entries: list[tuple[float, float]], due: float, work: float, depth: int
+) -> None:
+    demand = Demand()
+    for i, (entry_due, entry_work) in enumerate(entries):
+        demand.put(i, ((0.0, entry_due), i), entry_due, entry_work)
+    pace = Pace(start=1.0, step_s=0.1, work=0.08, depth=depth)
+    newcomer = Newcomer(((0.0, due), 99), due, work)
+    ordered = sorted([*entries, (due, work)], key=lambda pair: pair[0])
+    done, slack = 0.0, float("inf")
+    for entry_due, entry_work in ordered:
+        done += entry_work
+        slack = min(slack, entry_due - pace.end_of(done))
+    assert demand.least_slack(pace, newcomer) == pytest.approx(slack, abs=1e-6) or any(
+        a[0] == due for a in entries
+    )
