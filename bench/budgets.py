@@ -105,6 +105,7 @@ def run_policy(name: str, capacity: float | None, arguments: argparse.Namespace)
     policy = POLICIES[name]
     try:
         with servers.running(policy.server, arguments.model_folder, arguments.peers) as server:
+            is_found = capacity is None
             capacity = capacity or find_capacity(server, policy, arguments)
             if not capacity:
                 return {"failed": f"it meets {TARGET:.0%} at no rate"}
@@ -113,7 +114,7 @@ def run_policy(name: str, capacity: float | None, arguments: argparse.Namespace)
                 for load in arguments.loads
                 if arguments.trace is not None or not LOADS[load].has_trace
             }
-        return {"capacity": capacity, "loads": loads}
+        return {"capacity": capacity, "is_capacity_found": is_found, "loads": loads}
     except Missing as error:
         return {"missing": str(error)}
     except RuntimeError as error:
@@ -149,8 +150,6 @@ def _of(latency: dict[str, float] | None, figure: str) -> str:
 
 def report(results: dict[str, Result], facts: dict[str, str]) -> str:
     """The tables, in Markdown."""
-    capacities = [(one["capacity"], name) for name, one in results.items() if "capacity" in one]
-    capacity, reference = capacities[0] if capacities else (0.0, "nobody")
     troubles = [
         [name, word, result[word].splitlines()[0]]
         for name, result in results.items()
@@ -162,11 +161,22 @@ def report(results: dict[str, Result], facts: dict[str, str]) -> str:
     return "\n".join(
         [
             "; ".join(f"{name}: {value}" for name, value in facts.items()) + ".",
-            f"1x is {capacity:.2f} requests/s, of which {reference} meets {TARGET:.0%}.\n",
+            f"{_unit(results)}\n",
             markdown(columns, rows(results)),
             *([markdown(["server", "", "why"], troubles)] if troubles else []),
         ]
     )
+
+
+def _unit(results: dict[str, Result]) -> str:
+    """What multiples are of."""
+    measured = [(name, one) for name, one in results.items() if "capacity" in one]
+    if not measured:
+        return "Nothing was measured."
+    name, first = measured[0]
+    is_found = first["is_capacity_found"]
+    source = f"the most of which {name} meets {TARGET:.0%}" if is_found else "as it was asked for"
+    return f"1x is {first['capacity']:.2f} requests/s, {source}."
 
 
 def write(out: Path, results: dict[str, Result], facts: dict[str, str]) -> str:
