@@ -1,6 +1,8 @@
 """What the ranks of one stage do together: sum and gather. The backend decides how."""
 
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -139,29 +141,37 @@ class StageCollectives:
             self._current.leave()
         self._current = None
 
+    @property
+    def shared_memory(self) -> Any | None:
+        """What the CPU kernel can sum through by itself; None where ranks share no memory."""
+        group = self._current
+        return group.memory if isinstance(group, SharedMemoryCollectives) else None
+
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over ranks; the same bits on every rank. May overwrite `tensor`."""
-        self._ledger.note(Operation.ALL_REDUCE, tensor.shape)
-        try:
+        with self.noticing_loss(Operation.ALL_REDUCE, tensor.shape):
             return self._group().all_reduce(tensor)
-        except RuntimeError as error:
-            raise self._lost(error) from error
 
     def gather_last_dim(self, tensor: Tensor, sizes: list[int]) -> Tensor:
         """Concatenate [..., sizes[rank]] over ranks on rank 0; others get their own part back."""
-        self._ledger.note(Operation.GATHER, (*tensor.shape[:-1], sum(sizes)))
-        try:
+        with self.noticing_loss(Operation.GATHER, (*tensor.shape[:-1], sum(sizes))):
             return self._group().gather_last_dim(tensor, sizes)
+
+    @contextmanager
+    def noticing_loss(self, operation: Operation, shape: Sequence[int]) -> Iterator[None]:
+        """An error while ranks work together means that one of them is lost; the ledger is told."""
+        self._ledger.note(operation, shape)
+        try:
+            yield
         except RuntimeError as error:
-            raise self._lost(error) from error
+            reason = brief(error)
+            raise LostPeer(
+                f"the connection to another rank of this stage broke ({reason})"
+            ) from error
 
     def _group(self) -> Collectives:
         assert self._current is not None, "the ranks of this stage have not met"
         return self._current
-
-    @staticmethod
-    def _lost(error: RuntimeError) -> LostPeer:
-        return LostPeer(f"the connection to another rank of this stage broke ({brief(error)})")
 
 
 def brief(error: RuntimeError) -> str:

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from shardline_shards.attention import BACKENDS, KVLayer, KVShape, PagedBatch, allocate_kv
 from shardline_shards.attention.cpu import load_kernel
 from shardline_shards.batch import StepBatch
-from shardline_shards.collectives import Collectives, SingleRank
+from shardline_shards.collectives import Collectives, SingleRank, StageCollectives
+from shardline_shards.ledger import Operation
 from shardline_shards.parallel_layers import RowParallelLinear, SkippedLayer
 from shardline_shards.stage_model import StageModel, decoder_layers
 
@@ -99,22 +100,30 @@ class FusedLayers:
             self._bound = paged.kv_layers
         cos, sin = self._rotary.at(batch.positions, paged.max_kv_len)
         arguments = (cos, sin, *_paging(paged))
-        if self._tp.size > 1:
-            return self._run_shards(hidden, batch.logit_indexes, arguments)
         indexes = None if self._vocab_sizes is None else batch.logit_indexes
-        output: Tensor = self._stack.run(hidden, *arguments, indexes)
-        return output
+        if self._tp.size == 1:
+            output: Tensor = self._stack.run(hidden, *arguments, indexes, None)
+            return output
+        if not isinstance(self._tp, StageCollectives) or self._tp.shared_memory is None:
+            return self._run_halves(hidden, batch.logit_indexes, arguments)
+        with self._tp.noticing_loss(Operation.ALL_REDUCE, hidden.shape):
+            output = self._stack.run(hidden, *arguments, indexes, self._tp.shared_memory)
+        return self._gathered(output)
 
-    def _run_shards(self, hidden: Tensor, indexes: Tensor, arguments: tuple[Tensor, ...]) -> Tensor:
-        """Half a layer at a time: what the ranks have is summed after each."""
+    def _run_halves(self, hidden: Tensor, indexes: Tensor, arguments: tuple[Tensor, ...]) -> Tensor:
+        """Half a layer at a time, summed by messages, where ranks share no memory."""
         states, is_first = hidden.float(), self._tp.rank == 0
         for half in range(2 * self._stack.num_layers()):
             part = self._stack.run_half(states, *arguments, half, is_first)
             states = self._tp.all_reduce(part)
         if self._vocab_sizes is None:
             return states.to(hidden.dtype)
-        logits: Tensor = self._stack.run_head(states, indexes)
-        return self._tp.gather_last_dim(logits, self._vocab_sizes)
+        return self._gathered(self._stack.run_head(states, indexes))
+
+    def _gathered(self, output: Tensor) -> Tensor:
+        if self._vocab_sizes is None:
+            return output
+        return self._tp.gather_last_dim(output, self._vocab_sizes)
 
 
 def fuse(stage_model: StageModel, device: torch.device) -> FusedLayers | None:
@@ -282,7 +291,7 @@ def _check_layers(
             stack = geometry.new_stack()
             _add_layer(stack, layer, kind)
             _bind(stack, paged.kv_layers)
-            ours = stack.run(hidden, cos, sin, *_paging(paged), None)
+            ours = stack.run(hidden, cos, sin, *_paging(paged), None, None)
             _compare(ours, expected.squeeze(0), hidden)
         kinds.append(kind)
     return kinds

@@ -26,23 +26,23 @@ class SharedMemoryCollectives:
     """
 
     def __init__(self, memory: Any, group: dist.ProcessGroup) -> None:
-        self._memory = memory
+        self.memory = memory
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in the order of ranks, accumulated in fp32."""
-        total: Tensor = self._memory.all_reduce(tensor.contiguous())
+        total: Tensor = self.memory.all_reduce(tensor.contiguous())
         return total
 
     def gather_last_dim(self, tensor: Tensor, sizes: list[int]) -> Tensor:
         """Concatenate over ranks on rank 0; other ranks get their own part back."""
-        gathered: Tensor = self._memory.gather(tensor.contiguous().flatten(0, -2), sizes)
+        gathered: Tensor = self.memory.gather(tensor.contiguous().flatten(0, -2), sizes)
         return gathered.view(*tensor.shape[:-1], gathered.shape[-1])
 
     def leave(self) -> None:
         """Let those go who wait for this rank."""
-        self._memory.leave()
+        self.memory.leave()
 
 
 def share_memory(group: dist.ProcessGroup) -> SharedMemoryCollectives | None:

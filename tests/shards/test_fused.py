@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardline_scheduler.plan import NewRequest, SamplingParams, ScheduledRequest, StepPlan
+from shardline_shards import collectives
 from shardline_shards.attention import KVShape, allocate_kv, select_backend
 from shardline_shards.batch import BatchBuilder, RequestTable
 from shardline_shards.checkpoint import load_weights
@@ -15,6 +17,8 @@ from shardline_shards.collectives import SingleRank
 from shardline_shards.layout import ParallelLayout, Place
 from shardline_shards.stage import Stage
 from shardline_shards.stage_model import StageModel, build_stage_model, decoder_layers, load_config
+from tests.shards.ranks import RankPool
+from tests.shards.test_families import LAYOUTS, NUM_TOKENS, make_plans, run_rank
 from tests.tiny import FAMILIES, VOCAB_SIZE, save_tiny
 
 CPU = torch.device("cpu")
@@ -109,3 +113,26 @@ def test_positions_beyond_the_first_table(tmp_path: Path, monkeypatch: pytest.Mo
     assert fused.is_fused and not modules.is_fused
     lengths = [40, 9]
     torch.testing.assert_close(run(fused, lengths), run(modules, lengths), rtol=0, atol=1e-4)
+
+
+def run_rank_by_messages(store: dist.Store, rank: int, *args: object) -> object:
+    """As where the ranks of a stage are on several nodes."""
+    share_memory = collectives.share_memory
+    collectives.share_memory = lambda group: None
+    try:
+        return run_rank(store, rank, *args)  # type: ignore[arg-type]
+    finally:
+        collectives.share_memory = share_memory
+
+
+@pytest.mark.parametrize("layout", ["2x1", "2x2"])
+def test_shards_give_the_same_bits_by_memory_and_by_messages(
+    tmp_path: Path, layout: str, ranks: RankPool
+) -> None:
+    folder = save_tiny("qwen3", tmp_path)
+    plans = make_plans([[3 + i for i in range(NUM_TOKENS)], [7 + i for i in range(NUM_TOKENS)]])
+    arguments = (LAYOUTS[layout], folder, "bfloat16", plans)
+    size = LAYOUTS[layout].world_size
+    by_memory = ranks.call(run_rank, size, *arguments)[size - 2][0]
+    by_messages = ranks.call(run_rank_by_messages, size, *arguments)[size - 2][0]
+    assert by_memory == by_messages and by_memory

@@ -13,6 +13,7 @@ from shardline_shards import shared_memory
 from shardline_shards.attention.cpu import load_kernel
 from shardline_shards.collectives import StageCollectives
 from shardline_shards.errors import LostPeer
+from shardline_shards.ledger import Ledger
 from tests.shards.ranks import RankPool
 
 SLOT_BYTES = 1 << 22
@@ -20,7 +21,7 @@ SLOT_BYTES = 1 << 22
 
 def form(store: dist.Store, rank: int, size: int) -> StageCollectives:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    stage = StageCollectives(rank, size)
+    stage = StageCollectives(rank, size, Ledger.create())
     stage.form(dist.new_group(list(range(size))), torch.device("cpu"))
     return stage
 

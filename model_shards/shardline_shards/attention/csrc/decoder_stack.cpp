@@ -6,6 +6,7 @@
 
 #include "decoder_step.h"
 #include "pack.h"
+#include "shared_memory.h"
 
 namespace {
 
@@ -129,17 +130,20 @@ class DecoderStack : public torch::CustomClassHolder {
   // One step. `hidden` [num_tokens, hidden_size] in the weights' dtype, `cos` and `sin`
   // [num_tokens, head_dim] fp32, the others as in PagedBatch. Returns the hidden states after the
   // last layer; or, with `logit_indexes`, fp32 logits [len(logit_indexes), vocabulary rows].
+  // Where ranks hold parts of the weights they sum through `memory`.
   Tensor run(
       const Tensor& hidden, const Tensor& cos, const Tensor& sin, const Tensor& query_start,
       const Tensor& kv_lens, const Tensor& block_tables, const Tensor& slots,
-      const std::optional<Tensor>& logit_indexes) {
+      const std::optional<Tensor>& logit_indexes,
+      const std::optional<c10::intrusive_ptr<SharedMemory>>& memory) {
     check_input(hidden, dtype_, cos, sin);
     if (logit_indexes.has_value()) {
       check_logits(*logit_indexes, hidden.size(0));
     }
     const StepShape step = step_shape(cos, sin, query_start, kv_lens, block_tables, slots);
     return with_dtype(dtype_, [&](auto zero) {
-      return compute_all<decltype(zero)>(hidden, step, logit_indexes);
+      return compute_all<decltype(zero)>(
+          hidden, step, logit_indexes, memory.has_value() ? memory->get() : nullptr);
     });
   }
 
@@ -268,7 +272,8 @@ class DecoderStack : public torch::CustomClassHolder {
 
   template <typename T>
   Tensor compute_all(
-      const Tensor& hidden, const StepShape& step, const std::optional<Tensor>& logit_indexes) {
+      const Tensor& hidden, const StepShape& step, const std::optional<Tensor>& logit_indexes,
+      SharedMemory* memory) {
     const std::vector<Layer<T>> layers = bound_layers<T>();
     DecoderStep<T> decoder(shape_, layers, step, buffers<T>(), at::get_num_threads());
     HeadStep<T> head;
@@ -284,13 +289,14 @@ class DecoderStack : public torch::CustomClassHolder {
       const int64_t end = hidden.numel() * (thread + 1) / num_threads;
       widen_row(from + begin, states + begin, end - begin);
       decoder.team().meet(num_threads);
-      decoder.run_layers(thread, num_threads);
+      decoder.run_layers(memory, thread, num_threads);
       if (logit_indexes.has_value()) {
         head.run(shape_, states, output.mutable_data_ptr<float>(), thread, num_threads);
       } else {
         narrow_row(states + begin, output.mutable_data_ptr<T>() + begin, end - begin);
       }
     }
+    decoder.rethrow();
     return output;
   }
 
@@ -352,6 +358,14 @@ class DecoderStack : public torch::CustomClassHolder {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(shardline, library) {
+  library.class_<SharedMemory>("SharedMemory")
+      .def(torch::init<int64_t, int64_t, int64_t>())
+      .def_static("num_bytes", &SharedMemory::num_bytes)
+      .def("leave", &SharedMemory::leave)
+      .def(
+          "all_reduce",
+          static_cast<Tensor (SharedMemory::*)(const Tensor&)>(&SharedMemory::all_reduce))
+      .def("gather", &SharedMemory::gather);
   library.class_<DecoderStack>("DecoderStack")
       .def(torch::init<int64_t, int64_t, int64_t, int64_t, double, at::ScalarType>())
       .def("add_layer", &DecoderStack::add_layer)

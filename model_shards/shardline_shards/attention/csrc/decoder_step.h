@@ -6,11 +6,13 @@
 
 #pragma once
 
+#include <exception>
 #include <memory>
 #include <optional>
 
 #include "product.h"
 #include "rows.h"
+#include "shared_memory.h"
 #include "tasks.h"
 #include "team.h"
 
@@ -95,11 +97,23 @@ class DecoderStep {
   float* hidden() { return buffers_.hidden.data(); }
   Team& team() { return team_; }
 
-  // By each of `num_threads` threads.
-  void run_layers(int thread, int num_threads) {
-    for (const Layer<T>& layer : layers_) {
-      run_attention(layer, hidden(), hidden(), thread, num_threads);
-      run_mlp(layer, hidden(), hidden(), thread, num_threads);
+  // By each of `num_threads` threads. With `memory` this rank holds a part of the weights, and what
+  // the ranks have is summed after each half of a layer; the hidden states themselves count once.
+  void run_layers(SharedMemory* memory, int thread, int num_threads) {
+    const bool adds_input = memory == nullptr || memory->rank() == 0;
+    const int64_t num_halves = 2 * static_cast<int64_t>(layers_.size());
+    for (int64_t half = 0; half < num_halves && error_ == nullptr; ++half) {
+      run_half(half, adds_input ? hidden() : nullptr, hidden(), thread, num_threads);
+      if (memory != nullptr) {
+        sum_over_ranks(*memory, thread, num_threads);
+      }
+    }
+  }
+
+  // Threads cannot throw; what ended their work early is thrown here, when they are done.
+  void rethrow() {
+    if (error_ != nullptr) {
+      std::rethrow_exception(error_);
     }
   }
 
@@ -170,6 +184,17 @@ class DecoderStep {
       }
     }
     return nullptr;
+  }
+
+  void sum_over_ranks(SharedMemory& memory, int thread, int num_threads) {
+    if (thread == 0) {
+      try {
+        memory.all_reduce(hidden(), step_.num_rows * shape_.hidden_size);
+      } catch (...) {
+        error_ = std::current_exception();
+      }
+    }
+    team_.meet(num_threads);
   }
 
   // Attention's part of a layer: to = from + what it yields, where `to` and `from` may be the same
@@ -291,6 +316,7 @@ class DecoderStep {
   const StepShape& step_;
   Buffers<T>& buffers_;
   Team team_;
+  std::exception_ptr error_;
   std::vector<std::pair<int64_t, std::unique_ptr<Attention>>> attention_;
 };
 

@@ -46,9 +46,23 @@ struct Packed {
   int64_t input_stride() const { return num_steps * kDepth<T>; }
 };
 
-template <typename T, int kRows, int kPanels, bool kFetch>
+// Weights that will be needed, fetched on the way: `kLines` cache lines a step from `from` on.
+template <int kLines>
+struct Fetch {
+  const char* from;
+
+  C10_ALWAYS_INLINE void step() {
+#pragma GCC unroll 4
+    for (int i = 0; i < kLines; ++i) {
+      __builtin_prefetch(from + i * kCacheLineBytes);
+    }
+    from += kLines * kCacheLineBytes;
+  }
+};
+
+template <typename T, int kRows, int kPanels, int kLines>
 C10_ALWAYS_INLINE void multiply_pass(
-    const T* input, int64_t stride, const T* weights, int64_t num_steps,
+    const T* input, int64_t stride, const T* weights, int64_t num_steps, Fetch<kLines> fetch,
     Vec (&sums)[kRows][kPanels]) {
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
@@ -59,13 +73,7 @@ C10_ALWAYS_INLINE void multiply_pass(
   }
   constexpr int64_t kPanelSize = kLanes * kDepth<T>;
   for (int64_t k = 0; k < num_steps; ++k, weights += kPanels * kPanelSize) {
-    if constexpr (kFetch) {
-      const char* ahead = reinterpret_cast<const char*>(weights) + kBytesAhead;
-#pragma GCC unroll 4
-      for (size_t i = 0; i < kPanels * kPanelSize * sizeof(T); i += kCacheLineBytes) {
-        __builtin_prefetch(ahead + i);
-      }
-    }
+    fetch.step();
     if constexpr (kPairs<T>) {
 #if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
       __m512bh right[kPanels];
@@ -102,17 +110,28 @@ C10_ALWAYS_INLINE void multiply_pass(
   }
 }
 
+// One tile of `num_tiles` that a group is multiplied with. The only one streams: it fetches a little
+// in front of itself. Of several, each fetches its share of the next group while it computes.
 template <typename T, int kRows, int kPanels, typename Store>
-void multiply_rows_packed(
-    const Packed<T>& w, const T* input, int64_t stride, int64_t row, int64_t group, bool is_first,
-    const Store& store) {
+void multiply_tile_packed(
+    const Packed<T>& w, const T* input, int64_t stride, int64_t row, int64_t group, int64_t tile,
+    int64_t num_tiles, const Store& store) {
+  constexpr int kAll = kPanels * static_cast<int>(kLanes * kDepth<T> * sizeof(T)) / kCacheLineBytes;
+  constexpr int kSome = divide_up(kAll, 2);
   Vec sums[kRows][kPanels];
   const T* weights = w.data + group * w.group_size();
-  if (is_first) {
-    multiply_pass<T, kRows, kPanels, true>(input + row * stride, stride, weights, w.num_steps, sums);
+  const auto pass = [&](auto fetch) {
+    multiply_pass<T, kRows, kPanels>(
+        input + row * stride, stride, weights, w.num_steps, fetch, sums);
+  };
+  const char* here = reinterpret_cast<const char*>(weights);
+  const char* next = reinterpret_cast<const char*>(weights + w.group_size());
+  if (num_tiles == 1) {
+    pass(Fetch<kAll>{here + kBytesAhead});
+  } else if (tile * kSome < kAll) {
+    pass(Fetch<kSome>{next + tile * w.num_steps * kSome * kCacheLineBytes});
   } else {
-    multiply_pass<T, kRows, kPanels, false>(
-        input + row * stride, stride, weights, w.num_steps, sums);
+    pass(Fetch<0>{next});
   }
   for (int r = 0; r < kRows; ++r) {
     store(row + r, group * w.group_columns(), sums[r]);
@@ -146,8 +165,8 @@ void multiply_groups(
         const int64_t first = begin + (end - begin) * tile / num_tiles;
         const int64_t last = begin + (end - begin) * (tile + 1) / num_tiles;
         with_rows<kMax>(last - first, [&](auto rows) {
-          multiply_rows_packed<T, decltype(rows)::value, kPanels>(
-              w, input, stride, first, group, tile == 0, store);
+          multiply_tile_packed<T, decltype(rows)::value, kPanels>(
+              w, input, stride, first, group, tile, num_tiles, store);
         });
       }
     }

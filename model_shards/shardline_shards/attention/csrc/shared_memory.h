@@ -4,6 +4,8 @@
 // heard from everybody in one round knows that everybody is done reading the round before, so the
 // slot of that round is free again.
 
+#pragma once
+
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <sys/mman.h>
@@ -48,6 +50,8 @@ class SharedMemory : public torch::CustomClassHolder {
   }
   ~SharedMemory() override { munmap(base_, num_bytes(size_)); }
 
+  int64_t rank() const { return rank_; }
+
   // Lets those go who wait for this rank, now or later.
   void leave() { state(rank_).has_left.store(1); }
 
@@ -63,6 +67,9 @@ class SharedMemory : public torch::CustomClassHolder {
     }
     return output;
   }
+
+  // The same in place, for `count` numbers.
+  void all_reduce(float* numbers, int64_t count) { sum(numbers, numbers, count); }
 
   // On rank 0 [rows, sum(sizes)], the others' [rows, sizes[rank]] side by side; else `tensor`.
   Tensor gather(const Tensor& tensor, std::vector<int64_t> sizes) {
@@ -126,11 +133,14 @@ class SharedMemory : public torch::CustomClassHolder {
   template <typename T>
   void sum(const Tensor& tensor, const Tensor& output) {
     TORCH_CHECK(tensor.is_contiguous(), "tensors to sum are contiguous");
+    sum(tensor.const_data_ptr<T>(), output.mutable_data_ptr<T>(), tensor.numel());
+  }
+
+  template <typename T>
+  void sum(const T* from, T* to, int64_t total) {
     constexpr int64_t kStep = kSlotBytes / sizeof(T);
-    const T* from = tensor.const_data_ptr<T>();
-    T* to = output.mutable_data_ptr<T>();
-    for (int64_t first = 0; first < tensor.numel(); first += kStep) {
-      const int64_t count = std::min(kStep, tensor.numel() - first);
+    for (int64_t first = 0; first < total; first += kStep) {
+      const int64_t count = std::min(kStep, total - first);
       next_round();
       std::memcpy(slot(rank_), from + first, count * sizeof(T));
       meet();
@@ -186,12 +196,3 @@ class SharedMemory : public torch::CustomClassHolder {
 };
 
 }  // namespace
-
-TORCH_LIBRARY_FRAGMENT(shardline, library) {
-  library.class_<SharedMemory>("SharedMemory")
-      .def(torch::init<int64_t, int64_t, int64_t>())
-      .def_static("num_bytes", &SharedMemory::num_bytes)
-      .def("leave", &SharedMemory::leave)
-      .def("all_reduce", &SharedMemory::all_reduce)
-      .def("gather", &SharedMemory::gather);
-}
