@@ -76,6 +76,7 @@ def _table(summary: PipeSummary) -> Table:
 def write_pipes(path: Path, summaries: Sequence[PipeSummary], title: str) -> None:
     """Stages side by side, each time's parts on top of one another; one chart for each rate."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 3.5 * len(summaries)), layout="constrained")
     figure.suptitle(title)
@@ -88,6 +89,7 @@ def write_pipes(path: Path, summaries: Sequence[PipeSummary], title: str) -> Non
             heights = [shares[part] for shares in summary.stage_shares]
             axes.bar(stages, heights, bottom=bottom, label=part.value)
             bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="stage", ylabel="share of the wall time", ylim=(0, 1))
         axes.legend(fontsize="small", loc="lower right")
     figure.savefig(path, format="png", dpi=120)
