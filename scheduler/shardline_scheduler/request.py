@@ -55,6 +55,7 @@ class Request:
     sequence: int = field(init=False, default=-1)
     state: RequestState = field(init=False, default=RequestState.WAITING)
     num_preemptions: int = field(init=False, default=0)
+    num_strikes: int = field(init=False, default=0)
     num_cached_tokens: int = field(init=False, default=0)
     num_delivered_prompt_logprobs: int = field(init=False, default=0)
 
@@ -93,6 +94,7 @@ class Request:
     def append(self, token_id: int, now: float) -> FinishReason | None:
         """Take in the drawn token; says why the request is finished, if it is."""
         self.is_token_in_flight = False
+        self.num_strikes = 0
         self.last_token_time = now
         if self.first_token_time == NEVER:
             self.first_token_time = now

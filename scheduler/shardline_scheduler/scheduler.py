@@ -15,7 +15,7 @@ tokens, was never told the dropped one, and draws it again, with the same seed a
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import count
 from math import inf
@@ -41,6 +41,8 @@ from .step import Step
 from .target import Prompts
 from .verdict import Ahead
 from .victims import Victims
+
+MAX_STRIKES = 2
 
 
 @dataclass(slots=True, frozen=True)
@@ -224,6 +226,27 @@ class Scheduler:
         """The requests that will not be done by `deadline`."""
         return late_requests(self._requests.values(), deadline, now)
 
+    @property
+    def seconds_in_flight(self) -> float:
+        """What the plans in flight take, one after the other; infinity while nobody can tell."""
+        if not self.cost_model.is_ready:
+            return inf
+        return sum(self.cost_model.trip_seconds(step.load) for step in self._in_flight)
+
+    def strike(self, request_indexes: Iterable[int]) -> list[Request]:
+        """A worker died in the step of these; returns those that this has happened to twice.
+
+        Until it gets its next token, a request with a strike shares a step with no other such one:
+        so the second death is told from bad company.
+        """
+        guilty = []
+        for index in request_indexes:
+            if (request := self._running.get(index)) is not None:
+                request.num_strikes += 1
+                if request.num_strikes == MAX_STRIKES:
+                    guilty.append(request)
+        return guilty
+
     def requeue_all(self, now: float) -> None:
         """All KV is lost, and every plan in flight with it: everybody computes again what he has.
 
@@ -364,6 +387,8 @@ class Scheduler:
         """Let the first of the queue run, if there is a seat, its tokens fit memory and one of
         them the step.
         """
+        if not step.may_hold(request):
+            return False
         if not step.can_take(0):  # Spares the look-up; the prefix that it finds has a say too.
             return False
         prefix = self._memory.find_prefix(request)
@@ -401,7 +426,7 @@ class Scheduler:
         )
 
     def _schedule_prefill(self, step: Step, request: Request) -> bool:
-        is_scheduled = step.schedule(request)
+        is_scheduled = step.may_hold(request) and step.schedule(request)
         if is_scheduled:
             self._keeper.progress(request)
         if request.is_token_in_flight:

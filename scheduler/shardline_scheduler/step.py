@@ -18,6 +18,7 @@ class Step:
         self._new_requests: list[NewRequest] = []
         self._scheduled: list[ScheduledRequest] = []
         self._filled: list[Request] = []
+        self._has_suspect = False
 
     def __len__(self) -> int:
         """How many requests have a part in it."""
@@ -26,6 +27,10 @@ class Step:
     def can_take(self, context: int) -> bool:
         """Whether it affords a token of a request that has `context` tokens computed."""
         return self._cost.affordable_tokens(self.load, context, 1) > 0
+
+    def may_hold(self, request: Request) -> bool:
+        """A step holds one request with a strike at most."""
+        return not (request.num_strikes and self._has_suspect)
 
     def introduce(self, request: Request) -> None:
         """Make the request known to the workers, under its new index."""
@@ -43,6 +48,7 @@ class Step:
         num_tokens = self._cost.affordable_tokens(self.load, context, num_known - context)
         if num_tokens < 1:
             return False
+        self._has_suspect |= request.num_strikes > 0
         end = context + num_tokens
         self.load.add(num_tokens, context)
         self._scheduled.append(

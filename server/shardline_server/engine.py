@@ -239,6 +239,7 @@ class Engine:
         """Now and then: are all workers alive, and is every block accounted for when idle?"""
         self._exits.clear()
         self.workers.check()
+        self.workers.check_hang(self.scheduler.seconds_in_flight)
         now = time.monotonic()
         pipe_stats = self.pipe.stats(now)
         self.frontends.send_all(pipe_stats)
@@ -253,8 +254,12 @@ class Engine:
     def _recover(self, loss: WorkerLost) -> None:
         """Bring the workers back, and let everybody compute again what he has."""
         self.frontends.send_all(EngineRecovering(str(loss)))
+        guilty = self.scheduler.strike(loss.request_indexes)
         self.scheduler.requeue_all(time.monotonic())
         self.pipe.lost()
+        for request in guilty:
+            message = f"The step of this request was the last of two workers; the second: {loss}"
+            self._end(request, "RequestFailed", message)
         self._recovery.run(loss)
         self._is_back()
 

@@ -13,6 +13,7 @@ from shardline_server.engine_config import EngineConfig
 from shardline_server.errors import ConfigError
 from shardline_server.head import Head
 from shardline_server.local_workers import Death, LocalWorkers
+from shardline_server.step_watch import StepWatch, find_divergence, find_stuck
 from shardline_server.worker_placement import place_alone
 from shardline_shards.layout import Place
 from shardline_shards.messages import (
@@ -50,11 +51,17 @@ class WorkerFailed(Exception):
 
 
 class WorkerLost(WorkerFailed):
-    """Workers are dead, or held dead; without `places` only connections between them broke."""
+    """Workers are dead, or held dead; without `places` only connections between them broke.
 
-    def __init__(self, places: Sequence[Place], reason: str) -> None:
+    `request_indexes` are of the requests whose step they died in.
+    """
+
+    def __init__(
+        self, places: Sequence[Place], reason: str, request_indexes: Sequence[int] = ()
+    ) -> None:
         super().__init__(reason)
         self.places = tuple(places)
+        self.request_indexes = tuple(request_indexes)
 
 
 class WorkerGroup:
@@ -80,7 +87,9 @@ class WorkerGroup:
         self._ready: set[int] = set()
         self._num_blocks: int | None = None
         self._first_step_id: int | None = None
+        self._survivors: set[int] = set()
         self._answer_by = math.inf
+        self._steps = StepWatch()
 
     def start(self) -> int:
         """Start every worker and wait until all are ready; returns the number of KV blocks.
@@ -101,12 +110,14 @@ class WorkerGroup:
         self._joined.clear()
         self._ready.clear()
         self._first_step_id = None
+        self._steps.forget()
         self._local.restart(loss.places, self.generation)
         for place in loss.places:
             rank = self.config.layout.rank(place)
             self._names[rank] = worker_name(rank, self.generation)
             self._loaded.pop(rank, None)
         self._send_all(Reform(self.generation))
+        self._survivors = set(self._loaded)
         self._answer_by = time.monotonic() + _ANSWER_TAKES_S
         self._bring_together()
 
@@ -114,6 +125,7 @@ class WorkerGroup:
         """Send a plan to every worker."""
         if self._first_step_id is None:
             self._first_step_id = plan.step_id
+        self._steps.submit(plan, time.monotonic())
         self._send_all(plan)
 
     def results(self) -> Iterator[StepResult | StageReport]:
@@ -121,13 +133,26 @@ class WorkerGroup:
         while self.socket.poll(0):
             message = self._receive()
             if isinstance(message, StepResult | StageReport) and self._is_current(message):
+                if isinstance(message, StepResult):
+                    self._arrive(message.step_id)
                 yield message
+
+    def check_hang(self, expected_s: float) -> None:
+        """Raise WorkerLost if a result is overdue; plans in flight should take `expected_s`."""
+        step_id = self._steps.overdue(expected_s, time.monotonic())
+        if step_id is None:
+            return
+        entries = {place: ledger.read() for place, ledger in self._local.ledgers.items()}
+        places = self._local.find_stopped() or find_stuck(entries, step_id)
+        names = ", ".join(f"{place} ({entries[place] or 'no step yet'})" for place in places)
+        reason = f"step {step_id} takes far longer than predicted; held dead: {names}"
+        raise WorkerLost(places, reason, self._steps.requests_of(step_id))
 
     def check(self) -> None:
         """Raise WorkerLost if a worker process has ended, WorkerFailed if a node is silent."""
         if deaths := self._local.ended():
             self._raise_last_words()
-            raise _loss(deaths)
+            raise self._loss(deaths)
         if self._head is not None and (failure := self._head.watch.find_failure()):
             self._raise_last_words()
             raise WorkerFailed(failure)
@@ -225,8 +250,8 @@ class WorkerGroup:
         return next((joined.store_port for joined in self._joined.values() if joined.store_port), 0)
 
     def _check_answers(self) -> None:
-        """A worker that has loaded answers `Reform` within a step, or is stuck in one for ever."""
-        if time.monotonic() > self._answer_by and (silent := self._loaded.keys() - self._joined):
+        """A worker that is not new answers `Reform` within a step, or is stuck in one for ever."""
+        if time.monotonic() > self._answer_by and (silent := self._survivors - self._joined.keys()):
             places = [self.config.layout.place(rank) for rank in sorted(silent)]
             names = ", ".join(map(str, places))
             raise WorkerLost(places, f"no answer for {_ANSWER_TAKES_S:.0f} s from {names}")
@@ -255,6 +280,18 @@ class WorkerGroup:
             )
         return num_blocks
 
+    def _arrive(self, step_id: int) -> None:
+        """A result has come: the step before it is done everywhere, and was the same everywhere."""
+        self._steps.arrive(step_id, time.monotonic())
+        odd = find_divergence(self._local.ledgers, step_id - 1)
+        if odd:
+            reason = "; ".join(f"{place} {what}" for place, what in odd.items())
+            raise WorkerLost(list(odd), f"workers diverged: {reason}")
+
+    def _loss(self, deaths: Sequence[Death]) -> WorkerLost:
+        indexes = [index for death in deaths for index in self._steps.requests_of(death.step_id)]
+        return WorkerLost([death.place for death in deaths], "; ".join(map(str, deaths)), indexes)
+
     def _is_current(self, message: StepResult | StageReport) -> bool:
         first = message.timings[0] if isinstance(message, StageReport) else message
         return self._first_step_id is not None and first.step_id >= self._first_step_id
@@ -282,9 +319,14 @@ class WorkerGroup:
         if isinstance(message, Failed):
             if message.is_refusal:
                 return WorkerFailed(message.reason, is_refusal=True)
-            return WorkerLost([reporter], f"the worker of {reason}")
+            entry = (
+                self._local.ledgers[reporter].read() if reporter in self._local.ledgers else None
+            )
+            step_id = entry.step_id if entry is not None and entry.is_running else None
+            indexes = self._steps.requests_of(step_id)
+            return WorkerLost([reporter], f"the worker of {reason}", indexes)
         deaths = self._await_deaths()
-        return _loss(deaths) if deaths else WorkerLost([], reason)
+        return self._loss(deaths) if deaths else WorkerLost([], reason)
 
     def _await_deaths(self) -> list[Death]:
         end = time.monotonic() + _DEATH_TAKES_S
@@ -304,7 +346,3 @@ class WorkerGroup:
         payload = encode(message)
         for name in self._names:
             self.socket.send_multipart([name, payload])
-
-
-def _loss(deaths: Sequence[Death]) -> WorkerLost:
-    return WorkerLost([death.place for death in deaths], "; ".join(map(str, deaths)))

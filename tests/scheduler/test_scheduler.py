@@ -336,6 +336,25 @@ def test_after_a_loss_everybody_computes_again_what_he_has():
     p.drain()
 
 
+def test_who_is_suspected_of_a_death_shares_a_step_with_no_other_suspect():
+    p = pipe()
+    for name in "abc":
+        p.add(name, [1], max_tokens=9)
+    step(p)
+    plan = p.plan()
+    assert p.scheduler.strike([part.request_index for part in plan.scheduled[:2]]) == []
+    p.lose_everything()
+    assert chunks(p.plan()) == [(3, 0, 2)]
+    p.commit()
+    assert chunks(p.plan()) == [(3, 2, 1), (4, 0, 2), (5, 0, 2)]
+    assert p.scheduler.strike([3]) == [], "a token has cleared it"
+    [guilty] = p.scheduler.strike([4])
+    p.lose_everything()
+    assert guilty.request_id == "b"
+    p.abort("b")
+    p.drain()
+
+
 def test_time_does_not_run_back():
     p = pipe()
     p.scheduler.plan(1.0)

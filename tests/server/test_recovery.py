@@ -126,3 +126,34 @@ def test_streams_through_both_doors_outlive_a_worker(tiny_model: Path) -> None:
         reason = "stage 1, tp rank 0 was killed by signal 9"
         assert reason in probe.get("/health").json()["last_loss"]
         assert 'recoveries_total{model_name="tiny"} 1.0' in probe.get("/metrics").text
+
+
+def test_a_stopped_worker_is_held_dead_and_replaced(
+    engine: EngineConnection, requests: Requests, undisturbed: dict[str, list[int]]
+) -> None:
+    place = engine.layout.places()[-1]
+    for name, request in requests.items():
+        engine.submit(name, *request)
+    engine.wait(lambda: all(len(o.token_ids) > 5 for o in engine.outcomes.values()))
+    find_worker(place).suspend()
+    engine.wait(lambda: all(outcome.finish_reason for outcome in engine.outcomes.values()))
+    assert {name: o.token_ids for name, o in engine.outcomes.items()} == undisturbed
+    assert f"held dead: {place}" in engine.losses.pop()
+    engine.outcomes.clear()
+
+
+def test_who_kills_a_worker_twice_is_quarantined_and_the_rest_goes_on(
+    model: Path, requests: Requests, undisturbed: dict[str, list[int]]
+) -> None:
+    """No front end lets a token through that the model does not have; a worker ends by it."""
+    with running_engine(model, LAYOUTS["1x2"], max_num_batched_tokens=128) as engine:
+        for name, request in requests.items():
+            engine.submit(name, *request)
+        engine.wait(lambda: all(len(o.token_ids) > 5 for o in engine.outcomes.values()))
+        engine.submit("poison", [5, VOCAB_SIZE + 5], SamplingParams(max_tokens=5, seed=0))
+        engine.wait(lambda: all(outcome.finish_reason for outcome in engine.outcomes.values()))
+        poison = engine.outcomes.pop("poison")
+        assert (poison.finish_reason, poison.token_ids) == ("error", [])
+        assert "last of two workers" in str(poison.deltas[-1].error_message)
+        assert {name: o.token_ids for name, o in engine.outcomes.items()} == undisturbed
+        assert len(engine.losses) == 2
