@@ -44,8 +44,8 @@ def check_image(image: Stage, folder: Path, report: Report) -> None:
         network="none",
     )
     _check_alone(image, container, report)
-    kernels = sorted((folder / "volumes/cache").rglob("paged_attention*.so"))
-    _require(bool(kernels), "the attention kernel has not been compiled")
+    kernels = sorted((folder / "volumes/cache").rglob("kernels/*.so"))
+    _require(bool(kernels), "no CPU kernel has been compiled")
     report(f"compiled in the volume: {kernels[0].relative_to(folder / 'volumes')}")
     _check_two_nodes(image, container, report)
 
