@@ -20,7 +20,7 @@ KERNEL := $(VENV)/.kernel-built
 TEST_TOOLS := $(VENV)/.test-tools
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check format protos image-check bench-peers bench-budgets clean \
+.PHONY: help setup serve test check format protos image-check bench-peers bench-budgets chaos clean \
   check-format check-lint check-types check-layout
 
 help:  ## show the targets
@@ -78,6 +78,9 @@ protos: setup  ## generate the gRPC stubs from the .proto files
 	  build(Path('clients/shardline_client/protos'), 'shardline_client.protos')"
 
 # PEERS=/path/to/peers holds other servers (see bench/servers.py); without it only ours run.
+chaos: setup  ## ten minutes of random kills and stops under load; ARGS="--seconds 60 --seed 3"
+	@$(BIN)/python -m tests.server.chaos $(ARGS)
+
 bench-peers: setup  ## ours beside other servers, PEERS=FOLDER; results in build/bench
 	@$(BIN)/python bench/peers.py $(MODEL) $(if $(PEERS),--peers $(PEERS)) --out build/bench $(ARGS)
 

@@ -1,5 +1,6 @@
 """Workers die under running streams, and no stream ends, loses a token or says another one."""
 
+import asyncio
 import os
 import random
 import signal
@@ -12,6 +13,7 @@ import httpx
 import psutil
 import pytest
 from tests.engine_process import EngineConnection, running_engine
+from tests.server.chaos import run as run_chaos
 from tests.server.conftest import running_engine_process
 from tests.server.running import running_frontend
 from tests.tiny import VOCAB_SIZE, save_tiny
@@ -157,3 +159,8 @@ def test_who_kills_a_worker_twice_is_quarantined_and_the_rest_goes_on(
         assert "last of two workers" in str(poison.deltas[-1].error_message)
         assert {name: o.token_ids for name, o in engine.outcomes.items()} == undisturbed
         assert len(engine.losses) == 2
+
+
+def test_half_a_minute_of_chaos(tiny_model: Path) -> None:
+    chaos = asyncio.run(run_chaos(tiny_model, seconds=30, seed=1))
+    assert chaos.troubles["killed"]
