@@ -123,11 +123,13 @@ class LocalWorkers:
         ]
 
     def join(self) -> None:
-        """Wait for workers that were told to stop; end those that do not."""
+        """Wait for workers that were told to stop; end those that do not. None is left then."""
         workers = list(self._workers.values())
         if self._spare is not None:
             self._spare.process.kill()
             workers.append(self._spare)
+            self._spare = None
+        self._workers.clear()
         _end(workers)
 
     def kill(self) -> None:
