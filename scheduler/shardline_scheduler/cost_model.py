@@ -23,6 +23,9 @@ _OUTLIER_MADS = 5.0
 _LEAST_MAD = 0.02
 _QUANTILE = 0.9
 _TRIP_SMOOTHING = 0.05
+# What a prefill token costs at least, in seconds: with a tiny model the fit may well say nothing,
+# and who admits by what a step has room for must still be able to count steps.
+LEAST_TOKEN_S = 1e-9
 
 
 class Sample(Struct, frozen=True):
@@ -53,24 +56,26 @@ class RangeModel(Struct):
     @property
     def coefficients(self) -> list[float]:
         """a, b, c, d, e of the formula, in seconds and seconds per token, decode and so on."""
-        return [value / scale for value, scale in zip(self.fit.coefficients, _SCALES, strict=True)]
+        a, b, c, d, e = (
+            value / scale for value, scale in zip(self.fit.coefficients, _SCALES, strict=True)
+        )
+        return [a, max(b, LEAST_TOKEN_S), c, d, e]
 
     def seconds(self, load: StepLoad) -> float:
         """The expected time, without margin."""
         if self.num_samples < MIN_SAMPLES:
             return self.max_seconds
-        a, b, c, d, e = self.fit.coefficients
+        return self.fit.coefficients[0] + self.added_seconds(load)
+
+    def added_seconds(self, load: StepLoad) -> float:
+        """What `load` adds to a step that is taken anyway, without margin. For a trusted model."""
+        _, b, c, d, e = self.fit.coefficients
         return (
-            a
-            + b / _SCALES[1] * load.num_prefill_tokens
+            max(b / _SCALES[1], LEAST_TOKEN_S) * load.num_prefill_tokens
             + c / _SCALES[2] * load.num_decodes
             + d / _SCALES[3] * load.decode_context
             + e / _SCALES[4] * load.prefill_context
         )
-
-    def added_seconds(self, load: StepLoad) -> float:
-        """What `load` adds to a step that is taken anyway, without margin."""
-        return self.seconds(load) - self.fit.coefficients[0]
 
     def observe(self, load: StepLoad, seconds: float) -> None:
         """Learn from one step, unless it is an outlier among the last ones.

@@ -87,6 +87,28 @@ def test_an_empty_server_keeps_what_it_can_just_keep():
     assert visit.met
 
 
+@pytest.mark.parametrize("num_stages", [1, 3])
+@pytest.mark.parametrize("max_num_batched_tokens", [64, 2048])
+def test_prompts_that_cost_nothing_by_the_fit_are_still_counted(
+    num_stages: int, max_num_batched_tokens: int
+):
+    """Of a tiny model only the fixed time of a step may be left: nothing is impossible by it but
+    what is below that time.
+    """
+    free = (5e-3, 0.0, 0.0, 0.0, 0.0)
+    m = machine(
+        [free] * num_stages,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_seqs=32,
+    )
+    tight = LatencyBudget(ttft_ms=0.001)
+    fair = [Visit(i, 0.01 * i, 40, 10, LatencyBudget(ttft_ms=200, tpot_ms=50)) for i in range(8)]
+    never = [Visit(100, 0.005, 40, 10, tight), Visit(101, 10.0, 1, 1, tight)]
+    m.run([*fair, *never])
+    assert [type(visit.refusal) for visit in never] == [BudgetImpossible] * 2
+    assert all(visit.refusal is None and visit.met for visit in fair)
+
+
 def test_one_who_is_refused_passes_when_he_comes_back_as_told():
     """With jitter zero, and nobody else coming: the promise in Retry-After is kept."""
     m = machine()
