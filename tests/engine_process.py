@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,6 +55,7 @@ class EngineConnection:
         self._socket.linger = 0
         self._socket.connect(address)
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
+        self.ready: object = None
         self.stats: EngineStats | None = None
         self.outcomes: dict[str, Outcome] = {}
         self.losses: list[str] = []
@@ -147,19 +148,23 @@ def engine_config(model: Path, layout: ParallelLayout, **overrides: object) -> E
     return EngineConfig(**(settings | overrides))  # type: ignore[arg-type]
 
 
-@contextmanager
 def running_engine(
     model: Path, layout: ParallelLayout, **overrides: object
-) -> Iterator[EngineConnection]:
+) -> AbstractContextManager[EngineConnection]:
     """An engine that is ready; afterwards it has left with status 0."""
-    process = start_child_process(
-        "shardline_server.engine", engine_config(model, layout, **overrides)
-    )
+    return running_engine_of(engine_config(model, layout, **overrides))
+
+
+@contextmanager
+def running_engine_of(config: EngineConfig) -> Iterator[EngineConnection]:
+    """The same, of a whole configuration."""
+    process = start_child_process("shardline_server.engine", config)
     assert process.stdout is not None
     address = msgspec.json.decode(process.stdout.readline(), type=EngineAddress).address
     connection = EngineConnection(address)
     try:
-        assert isinstance(connection.receive(), EngineReady)
+        connection.ready = connection.receive()
+        assert isinstance(connection.ready, EngineReady)
         yield connection
         process.terminate()
         assert process.wait(timeout=10) == 0

@@ -15,16 +15,21 @@ _EMBEDDING = re.compile(r"embed(?!_out)|\bwte\b")
 
 @dataclass(frozen=True, slots=True)
 class WeightSizes:
-    """Numbers of values: of each decoder layer, before the first and after the last."""
+    """Numbers of values: of each decoder layer, before the first and after the last.
+
+    `is_tied` is whether the head is the embedding again, which counts at both ends.
+    """
 
     layers: tuple[int, ...]
     prologue: int
     epilogue: int
+    is_tied: bool = False
 
     def scaled(self, value_bytes: int) -> "WeightSizes":
         """The same in bytes."""
         layers = tuple(size * value_bytes for size in self.layers)
-        return WeightSizes(layers, self.prologue * value_bytes, self.epilogue * value_bytes)
+        ends = (self.prologue * value_bytes, self.epilogue * value_bytes)
+        return WeightSizes(layers, *ends, self.is_tied)
 
 
 def read_weight_sizes(folder: Path, num_layers: int) -> WeightSizes | None:
@@ -51,6 +56,8 @@ def _sum_up(sizes: dict[str, int], num_layers: int) -> WeightSizes:
         else:
             epilogue += size
             largest_after = max(largest_after, size)
-    if largest_after * 2 < prologue:  # no head of its own: the last stage has the embedding again
+    is_tied = largest_after * 2 < prologue
+    if is_tied:  # no head of its own: the last stage has the embedding again
         epilogue += prologue
-    return WeightSizes(tuple(layers[layer] for layer in range(num_layers)), prologue, epilogue)
+    counts = tuple(layers[layer] for layer in range(num_layers))
+    return WeightSizes(counts, prologue, epilogue, is_tied)

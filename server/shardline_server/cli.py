@@ -11,7 +11,12 @@ import click
 
 from shardline_client import command_line as client_commands
 from shardline_server.errors import ConfigError
-from shardline_server.options import GroupedCommand, given_settings, settings_parameters
+from shardline_server.options import (
+    GroupedCommand,
+    GroupedOption,
+    given_settings,
+    settings_parameters,
+)
 from shardline_server.settings import load_settings
 from shardline_shards.errors import ShardError
 
@@ -27,6 +32,15 @@ Every setting can also come from a variable, as SHARDLINE_MAX_MODEL_LEN=4096, or
 named by --config, as `max_model_len: 4096`. The command line wins, then variables, then the file.
 """
 
+_PLAN_HELP = """Say what `serve` would do with MODEL and these settings, without serving.
+
+The split, the memory of each stage, and what steps take, as earlier starts on this host have
+measured it; without any, workers load the model as `serve` would, and it is measured now.
+
+\b
+  shardline plan demo --pp 2
+  shardline plan ./my-model --tp 2 --pp 2 --explain
+"""
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -57,6 +71,34 @@ main.add_command(
         params=settings_parameters(),
         help=_SERVE_HELP,
         short_help="Serve a model over HTTP and gRPC.",
+    )
+)
+
+
+def _plan(explain: bool, **values: Any) -> None:
+    with _one_line_errors():
+        settings = load_settings(given_settings(values))
+        _start_logging(settings.log_level)
+        from shardline_server.plan.command import print_plan
+
+        print_plan(settings, explain=explain)
+
+
+main.add_command(
+    GroupedCommand(
+        "plan",
+        callback=_plan,
+        params=[
+            *settings_parameters(),
+            GroupedOption(
+                ["--explain"],
+                is_flag=True,
+                group="Planning",
+                help="also the coefficients of the cost model, with their units",
+            ),
+        ],
+        help=_PLAN_HELP,
+        short_help="Say what serve would do, without serving.",
     )
 )
 

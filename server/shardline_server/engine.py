@@ -30,7 +30,6 @@ from shardline_scheduler import (
     RequestOutput,
     RequestTooLong,
     Scheduler,
-    SchedulerConfig,
     SchedulerError,
     TenantQuotaExceeded,
 )
@@ -160,21 +159,7 @@ class Engine:
         """Bring the workers up and tell the front ends. Raises WorkerFailed."""
         config = self.config
         num_blocks = self.workers.start()
-        self.scheduler = Scheduler(
-            SchedulerConfig(
-                num_blocks=num_blocks,
-                max_model_len=config.max_model_len,
-                block_size=config.block_size,
-                max_num_seqs=config.max_num_seqs,
-                max_num_batched_tokens=config.max_num_batched_tokens,
-                max_num_waiting=config.max_num_waiting,
-                num_stages=config.layout.pp,
-                max_in_flight=config.max_in_flight,
-                enable_prefix_cache=config.enable_prefix_caching,
-                policy=config.policy,
-            ),
-            jitter=_jitter(config.seed),
-        )
+        self.scheduler = Scheduler(config.scheduler_config(num_blocks), jitter=_jitter(config.seed))
         cache = CostCache(Path(config.cache_dir), self.workers.config)
         self.costs = StepCosts(self.scheduler, cache, config.measure_s)
         self.costs.measure(self.workers, config.vocab_size)

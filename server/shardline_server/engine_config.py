@@ -2,6 +2,7 @@
 
 from msgspec import Struct
 
+from shardline_scheduler import SchedulerConfig
 from shardline_shards.layout import ParallelLayout
 from shardline_shards.partition import LayerTimes
 
@@ -78,6 +79,30 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     nodes: NodesConfig | None = None
     layer_times: LayerTimes | None = None
     keeps_spare: bool = True
+
+    @property
+    def max_kv_blocks(self) -> int:
+        """As many as are asked for, else twice what the most and longest requests can fill; more
+        would only slow the start.
+        """
+        if self.num_kv_blocks is not None:
+            return self.num_kv_blocks
+        return 2 * self.max_num_seqs * -(-self.max_model_len // self.block_size)
+
+    def scheduler_config(self, num_blocks: int) -> SchedulerConfig:
+        """What the scheduler is told, with so many blocks of KV memory."""
+        return SchedulerConfig(
+            num_blocks=num_blocks,
+            max_model_len=self.max_model_len,
+            block_size=self.block_size,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_num_waiting=self.max_num_waiting,
+            num_stages=self.layout.pp,
+            max_in_flight=self.max_in_flight,
+            enable_prefix_cache=self.enable_prefix_caching,
+            policy=self.policy,
+        )
 
 
 class EngineAddress(Struct, frozen=True):

@@ -58,6 +58,11 @@ class _WorkerProcess:
         return self.process.poll() is None
 
 
+def free_memory_share(device: str, num_workers: int) -> float:
+    """The part of the memory that a worker finds free, once loaded, which it takes for KV."""
+    return _CUDA_MEMORY_SHARE if device == "cuda" else _CPU_MEMORY_SHARE / num_workers
+
+
 class LocalWorkers:
     """Processes by place; all of them children of this process."""
 
@@ -69,8 +74,7 @@ class LocalWorkers:
     def start(self, configs: Sequence[WorkerConfig], threads_per_worker: int | None) -> None:
         """Start one process for each config; cores and free memory are dealt out among them."""
         for config, cpu_ids in zip(configs, deal_cores(len(configs)), strict=True):
-            is_cuda = config.device == "cuda"
-            share = _CUDA_MEMORY_SHARE if is_cuda else _CPU_MEMORY_SHARE / len(configs)
+            share = free_memory_share(config.device, len(configs))
             self._configs[config.place] = msgspec.structs.replace(
                 config,
                 free_memory_share=share,

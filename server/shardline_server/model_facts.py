@@ -15,6 +15,8 @@ class ModelFacts:
 
     num_layers: int
     num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
     hidden_size: int
     vocab_size: int
     max_model_len: int
@@ -38,11 +40,14 @@ def read_model_facts(folder: Path) -> ModelFacts:
             f"{path} (model type {config.get('model_type')!r}) does not say {', '.join(missing)}; "
             "Shardline serves text-only causal language models"
         )
+    num_query_heads, hidden_size = config["num_attention_heads"], config["hidden_size"]
     dtype = config.get("dtype") or config.get("torch_dtype")
     return ModelFacts(
         num_layers=config["num_hidden_layers"],
-        num_query_heads=config["num_attention_heads"],
-        hidden_size=config["hidden_size"],
+        num_query_heads=num_query_heads,
+        num_kv_heads=config.get("num_key_value_heads") or num_query_heads,
+        head_dim=config.get("head_dim") or hidden_size // num_query_heads,
+        hidden_size=hidden_size,
         vocab_size=config["vocab_size"],
         max_model_len=config["max_position_embeddings"],
         dtype=dtype if dtype in _DTYPES else None,

@@ -204,16 +204,9 @@ class WorkerGroup:
             seed=config.seed,
             block_size=config.block_size,
             kv_memory_bytes=config.kv_memory_bytes,
-            max_kv_blocks=self._max_useful_blocks(),
+            max_kv_blocks=config.max_kv_blocks,
             log_level=config.log_level,
         )
-
-    def _max_useful_blocks(self) -> int:
-        """Twice what the most and longest requests can fill; more would only slow the start."""
-        config = self.config
-        if config.num_kv_blocks is not None:
-            return config.num_kv_blocks
-        return 2 * config.max_num_seqs * -(-config.max_model_len // config.block_size)
 
     def _bring_together(self) -> None:
         """Until all workers are ready; each goes through its messages as fast as it can."""

@@ -9,7 +9,7 @@ from shardline_server.node_capacity import own_capacity
 from shardline_server.placement import Capacity, Placement, PlacementRules, place_workers
 from shardline_shards.weight_sizes import read_weight_sizes
 
-_VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _ASSUMED_BITS_PER_S = 10e9
 
 
@@ -33,7 +33,7 @@ def _rules(config: EngineConfig) -> PlacementRules:
         has_fixed_stages=config.has_fixed_stages,
         weights=read_weight_sizes(Path(config.model_path), num_layers) if has_weights else None,
         times=config.layer_times,
-        value_bytes=_VALUE_BYTES[config.dtype],
+        value_bytes=VALUE_BYTES[config.dtype],
         kv_memory_bytes=config.kv_memory_bytes or 0,
     )
 
@@ -51,7 +51,7 @@ def describe_crossing(
         return None
     hidden_size = read_model_facts(Path(config.model_path)).hidden_size
     num_rounds = 2 * sum(layout.stage_layers[stage] for stage in stages)
-    token_bytes = num_rounds * (layout.tp - 1) * hidden_size * _VALUE_BYTES[config.dtype]
+    token_bytes = num_rounds * (layout.tp - 1) * hidden_size * VALUE_BYTES[config.dtype]
     decode_ms, prefill_ms = (
         1e3 * (num_rounds * round_trip_s / 2 + tokens * token_bytes * 8 / _ASSUMED_BITS_PER_S)
         for tokens in (1, config.max_num_batched_tokens)

@@ -1,0 +1,1 @@
+"""`shardline plan`: what `serve` would do with a model, said before it does it."""

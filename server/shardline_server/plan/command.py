@@ -1,0 +1,85 @@
+"""What `serve` would do with these settings on this host, found out and printed."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+
+from shardline_scheduler import PipeModel, Scheduler
+from shardline_server.engine_config import EngineConfig
+from shardline_server.engine_launch import plan_engine
+from shardline_server.errors import ConfigError
+from shardline_server.plan.memory import StageMemory, estimate_blocks, stage_memory
+from shardline_server.plan.report import print_costs, print_split, print_times
+from shardline_server.settings import ServeSettings
+from shardline_server.step_costs import CostCache, StepCosts
+from shardline_server.worker_group import WorkerFailed, WorkerGroup
+from shardline_server.worker_placement import place_alone
+from shardline_shards.sources import resolve_model
+
+logger = logging.getLogger("shardline.plan")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServePlan:
+    """`config` has the layout that memory allows. `num_blocks` are of KV memory, counted by workers
+    if `is_counted`, else estimated; None where nobody can tell. `model` is None if nothing was to
+    be measured.
+    """
+
+    config: EngineConfig
+    stages: list[StageMemory]
+    num_blocks: int | None
+    is_counted: bool
+    model: PipeModel | None
+
+
+def print_plan(settings: ServeSettings, *, explain: bool) -> None:
+    """Print the plan. Raises ConfigError and ShardError for what the operator can mend."""
+    plan, console = find_plan(settings), Console(width=100, highlight=False)
+    print_split(console, plan.config, plan.stages, plan.num_blocks, is_counted=plan.is_counted)
+    if plan.model is None:
+        console.print("What steps take is not known, and --measure-seconds 0 measures nothing.")
+        return
+    print_times(console, plan.config, plan.model)
+    if explain:
+        print_costs(console, plan.model)
+
+
+def find_plan(settings: ServeSettings) -> ServePlan:
+    """From what is kept of earlier starts, else by starting the workers and measuring."""
+    if settings.nodes not in (None, 1):
+        raise ConfigError("plan looks at this host alone; leave --nodes out")
+    needs_weights = settings.load_format != "dummy"
+    path = resolve_model(settings.model, cache_dir=settings.cache, needs_weights=needs_weights)
+    config = plan_engine(settings, path)
+    config = msgspec.structs.replace(config, layout=place_alone(config).layout)
+    stages = stage_memory(config)
+    model = CostCache(Path(config.cache_dir), config).load()
+    if model is not None or not config.measure_s:
+        num_blocks = estimate_blocks(config, stages)
+        return ServePlan(
+            config=config, stages=stages, num_blocks=num_blocks, is_counted=False, model=model
+        )
+    num_blocks, model = _measure(config)
+    return ServePlan(
+        config=config, stages=stages, num_blocks=num_blocks, is_counted=True, model=model
+    )
+
+
+def _measure(config: EngineConfig) -> tuple[int, PipeModel]:
+    """Start the workers as `serve` would, and measure what steps take; it is kept for `serve`."""
+    logger.info("no start before this one has kept what steps take; measuring")
+    workers = WorkerGroup(config)
+    try:
+        num_blocks = workers.start()
+        scheduler = Scheduler(config.scheduler_config(num_blocks))
+        cache = CostCache(Path(config.cache_dir), config)
+        StepCosts(scheduler, cache, config.measure_s).measure(workers, config.vocab_size)
+    except WorkerFailed as failure:
+        raise ConfigError(str(failure)) from failure
+    finally:
+        workers.kill()
+    return num_blocks, scheduler.cost_model

@@ -1,0 +1,119 @@
+"""The tables of `shardline plan`."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from shardline_scheduler import PipeModel, StageModel, StepLoad
+from shardline_scheduler.cost_model import RangeModel
+from shardline_server.engine_config import EngineConfig
+from shardline_server.plan.memory import StageMemory
+
+NUM_DECODES, CONTEXT, NUM_PROMPT_TOKENS = 16, 256, 256
+_UNITS = (
+    ("a: each step", "ms", 1e3),
+    ("b: a prompt token", "us", 1e6),
+    ("c: a decode", "us", 1e6),
+    ("d: its context, a token", "ns", 1e9),
+    ("e: a prompt token's context, a token", "ns", 1e9),
+)
+
+
+def print_split(
+    console: Console,
+    config: EngineConfig,
+    stages: Sequence[StageMemory],
+    num_blocks: int | None,
+    *,
+    is_counted: bool,
+) -> None:
+    """Stages, their layers and bytes, and KV memory."""
+    layout = config.layout
+    console.print(
+        f"{config.model_path}: {layout.pp} stage(s) x {layout.tp} shard(s) on {config.device}, "
+        f"{config.dtype}",
+        soft_wrap=True,
+    )
+    table = _table("stage", "layers", "weights of a rank", "a KV block")
+    for index, stage in enumerate(stages):
+        held = layout.layers(index)
+        weights = "unknown" if stage.weight_bytes is None else f"{stage.weight_bytes / 1e6:.1f} MB"
+        layers = f"{held.start} to {held.stop - 1}"
+        table.add_row(str(index), layers, weights, f"{stage.block_bytes / 1e3:.1f} kB")
+    console.print(table)
+    console.print(_kv_line(config, num_blocks, is_counted=is_counted))
+
+
+def _kv_line(config: EngineConfig, num_blocks: int | None, *, is_counted: bool) -> str:
+    if num_blocks is None:
+        return "KV memory: as much as is free when the weights are loaded"
+    how = "counted by the workers" if is_counted else "estimated from what is free"
+    wanted = config.num_kv_blocks
+    line = (
+        f"KV memory: {num_blocks} blocks of {config.block_size} tokens, "
+        f"{num_blocks * config.block_size} tokens in all, {how}"
+    )
+    return line if wanted is None else f"{line}; {wanted} are asked for"
+
+
+def print_times(console: Console, config: EngineConfig, model: PipeModel) -> None:
+    """What each stage takes of two usual steps, and what a client would see of that."""
+    if not model.is_ready:
+        console.print("What steps take: too few could be measured; requests will teach it.")
+        return
+    decodes = StepLoad(0, NUM_DECODES, NUM_DECODES * CONTEXT, 0)
+    prompt = StepLoad()
+    prompt.add_prefill(NUM_PROMPT_TOKENS, 0)
+    kinds = (f"{NUM_DECODES} decodes", f"{NUM_PROMPT_TOKENS} prompt tokens")
+    table = _table("predicted ms of a step", *kinds)
+    for index, stage in enumerate(model.stages):
+        table.add_row(f"stage {index}", *(_times(stage, load) for load in (decodes, prompt)))
+    console.print(table)
+    in_flight = config.scheduler_config(1).in_flight_limit
+    token_s = max(in_flight * model.expected_step_seconds(decodes), model.trip_seconds(decodes))
+    console.print(
+        f"Alone, the first token of {NUM_PROMPT_TOKENS} takes "
+        f"{1e3 * model.expected_trip_seconds(prompt):.0f} ms; with {in_flight} step(s) in flight, "
+        f"each of {in_flight * NUM_DECODES} streams gets a token every {1e3 * token_s:.1f} ms. "
+        f"Of a step's way {1e3 * model.trip_overhead_s:.2f} ms are not computing.\n"
+        "In brackets: what planning reckons with, which nine steps of ten stay below.",
+        soft_wrap=True,
+    )
+
+
+def print_costs(console: Console, model: PipeModel) -> None:
+    """The coefficients of every stage, in both ranges."""
+    console.print(
+        "\nA step takes a + b P + c D + d C + e X: P prompt tokens, D decodes, C all tokens of "
+        "their contexts, X the tokens before each prompt token.",
+        soft_wrap=True,
+    )
+    for index, stage in enumerate(model.stages):
+        table = _table(f"stage {index}", f"up to {stage.knee} tokens", f"above {stage.knee} tokens")
+        ranges = (stage.memory_bound, stage.compute_bound)
+        for row, (name, unit, factor) in enumerate(_UNITS):
+            cells = [_coefficient(part, row, unit, factor) for part in ranges]
+            table.add_row(name, *cells)
+        table.add_row("nine of ten steps take", *(_margin(part) for part in ranges))
+        table.add_row("steps learnt from", *(str(part.num_samples) for part in ranges))
+        console.print(table)
+
+
+def _coefficient(part: RangeModel, index: int, unit: str, factor: float) -> str:
+    return f"{part.coefficients[index] * factor:.3f} {unit}" if part.is_trusted else "not yet known"
+
+
+def _margin(part: RangeModel) -> str:
+    return f"up to {part.margin:+.1%}" if part.is_trusted else "not yet known"
+
+
+def _times(stage: StageModel, load: StepLoad) -> str:
+    return f"{1e3 * stage.seconds(load):.2f} ({1e3 * stage.planned_seconds(load):.2f})"
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(first, box=None, header_style="")
+    for name in others:
+        table.add_column(name, justify="right")
+    return table
