@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shardline_scheduler.plan import NewRequest, SamplingParams, ScheduledRequest, StepPlan
 from shardline_shards.attention import AttentionBackend, KVLayer, PagedBatch
+from shardline_shards.upload import upload
 
 
 @dataclass(slots=True)
@@ -102,25 +103,34 @@ class BatchBuilder:
         blocks = tables[sequence, positions // self.block_size].astype(np.int64)
         rows, indexes = _logit_rows(scheduled, query_start, requests)
         kv_lens = starts + lengths
+        arrays = (
+            _token_ids(scheduled, requests),
+            positions,
+            np.array(indexes, dtype=np.int64),
+            query_start.astype(np.int32),
+            kv_lens.astype(np.int32),
+            tables,
+            blocks * self.block_size + positions % self.block_size,
+        )
+        token_ids, place, logit_indexes, first, lens, block_tables, slots = upload(
+            arrays, self.device
+        )
         return StepBatch(
-            input_ids=self._tensor(_token_ids(scheduled, requests)),
-            positions=self._tensor(positions),
-            logit_indexes=self._tensor(np.array(indexes, dtype=np.int64)),
+            input_ids=token_ids,
+            positions=place,
+            logit_indexes=logit_indexes,
             rows=rows,
             paged=PagedBatch(
-                query_start=self._tensor(query_start.astype(np.int32)),
-                kv_lens=self._tensor(kv_lens.astype(np.int32)),
-                block_tables=self._tensor(tables),
-                slots=self._tensor(blocks * self.block_size + positions % self.block_size),
+                query_start=first,
+                kv_lens=lens,
+                block_tables=block_tables,
+                slots=slots,
                 max_query_len=int(lengths.max()),
                 max_kv_len=int(kv_lens.max()),
                 kv_layers=self.kv_layers,
                 backend=self.backend,
             ),
         )
-
-    def _tensor(self, array: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
 
 
 def _block_tables(tables: list[list[int]]) -> NDArray[np.int32]:

@@ -20,9 +20,11 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
 
     `engine_address` is a ZMQ address. `host` is this worker's own address, where its tensors are
     received. `kv_memory_bytes` is the most that KV memory may take on this worker (None: its part
-    of what is free), `max_kv_blocks` the most that the engine has use for. The last three are set
+    of what is free), `max_kv_blocks` the most that the engine has use for. On a GPU, decodes of
+    up to `max_graph_size` requests are recorded as CUDA graphs (0: none). The last three are set
     by whoever starts the process; `cpu_ids` pins its `num_threads` threads (empty: not pinned).
-    `generation` is the one that it starts in: 0, and one more for every time that ranks were lost.
+    `generation` is the one that it starts in: 0, and one more for every time that ranks were
+    lost.
     """
 
     engine_address: str
@@ -37,6 +39,8 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     block_size: int
     kv_memory_bytes: int | None
     max_kv_blocks: int
+    max_model_len: int
+    max_graph_size: int
     log_level: str
     generation: int = 0
     free_memory_share: float = 0.0

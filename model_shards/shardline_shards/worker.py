@@ -16,8 +16,6 @@ from torch._C._distributed_c10d import TCPStore
 
 from shardline_scheduler.plan import (
     NewRequest,
-    PromptLogprobs,
-    SampledToken,
     SamplingParams,
     ScheduledRequest,
     StepPlan,
@@ -26,7 +24,9 @@ from shardline_scheduler.plan import (
 from shardline_shards.attention import KVShape, allocate_kv, select_backend
 from shardline_shards.batch import BatchBuilder, RequestTable, StepBatch
 from shardline_shards.checkpoint import LoadReport, load_dummy, load_weights
+from shardline_shards.decode_graphs import CudaRecorder, DecodeGraphs, sizes_up_to
 from shardline_shards.distributed import Communicators, host_store
+from shardline_shards.drawing import draw_prompt_logprobs, draw_tokens
 from shardline_shards.errors import LostPeer, ShardError, UnsupportedModel
 from shardline_shards.host_memory import available_memory
 from shardline_shards.ledger import Ledger, Operation
@@ -49,7 +49,6 @@ from shardline_shards.messages import (
     worker_name,
 )
 from shardline_shards.process import pin_to
-from shardline_shards.sampling import SampleRow, prompt_logprobs, sample
 from shardline_shards.stage import Stage
 from shardline_shards.stage_model import build_stage_model, load_config
 from shardline_shards.step_timer import Part, StepTimer, TimingLog
@@ -107,6 +106,7 @@ class Worker:
         self.timer = StepTimer(config.place.stage_index)
         self.timings = TimingLog()
         self.batches: BatchBuilder | None = None
+        self.graphs: DecodeGraphs | None = None
         self._store: TCPStore | None = None
         self._is_cut_off = True
 
@@ -157,6 +157,7 @@ class Worker:
         self._is_cut_off = True
         self._store = None
         self.ledger.rest()
+        self.graphs = None
         self.communicators.abandon()
 
     def _join(self) -> None:
@@ -173,6 +174,7 @@ class Worker:
         elif self.config.layout.world_size > 1:
             self.communicators.form_at(rendezvous.host, rendezvous.port)
         self._is_cut_off = False
+        self._record_graphs()
         self._try_out()
         self.timings.take()
         self.timer.start()
@@ -221,9 +223,37 @@ class Worker:
 
     def _allocate(self, num_kv_blocks: int) -> None:
         shape = self._kv_shape()
-        kv_layers = allocate_kv(self._layers(), num_kv_blocks, shape, self.device)
+        # One more than the engine knows of, for what pads a recorded step.
+        num_allocated = num_kv_blocks + (1 if self._records else 0)
+        kv_layers = allocate_kv(self._layers(), num_allocated, shape, self.device)
         backend = select_backend(self.device, self.stage.dtype)
         self.batches = BatchBuilder(kv_layers, shape.block_size, backend, self.device)
+
+    @property
+    def _records(self) -> bool:
+        return self.device.type == "cuda" and self.config.max_graph_size > 0
+
+    def _record_graphs(self) -> None:
+        """Record decodes, with the groups that there are now: a graph holds their communicators."""
+        if not self._records:
+            return
+        assert self.batches is not None
+        num_kv_blocks = len(next(iter(self.batches.kv_layers.values())).key) - 1
+        try:
+            self.graphs = DecodeGraphs(
+                self.stage,
+                self.batches,
+                CudaRecorder(),
+                max_model_len=self.config.max_model_len,
+                scratch_block=num_kv_blocks,
+                sizes=sizes_up_to(self.config.max_graph_size),
+            )
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise UnsupportedModel(
+                f"decodes cannot be recorded as CUDA graphs ({reason}); "
+                "serve this model with --no-cuda-graphs"
+            ) from error
 
     def _layers(self) -> range:
         return self.config.layout.layers(self.config.place.stage_index)
@@ -272,7 +302,7 @@ class Worker:
         self.timer.lap(Part.PREPARE)
         hidden = self._receive_hidden(batch)
         self.timer.lap(Part.TENSOR_WAIT)
-        output = self.stage.run(batch, hidden)
+        output = (self.graphs or self.stage).run(batch, hidden)
         link = self.communicators.next
         is_drawer = link is None and self.config.place.tp_rank == 0
         result = self._draw(plan.step_id, batch, output) if is_drawer else None
@@ -298,43 +328,10 @@ class Worker:
     def _draw(self, step_id: int, batch: StepBatch, logits: Tensor) -> StepResult:
         self.ledger.note(Operation.DRAW, logits.shape, is_shared=False)
         return StepResult(
-            step_id, self._sampled(batch, logits), self._prompt_logprobs(batch, logits)
+            step_id,
+            draw_tokens(batch, logits, self.requests),
+            draw_prompt_logprobs(batch, logits, self.requests),
         )
-
-    def _sampled(self, batch: StepBatch, logits: Tensor) -> list[SampledToken]:
-        drawn = [(index, row) for index, row in enumerate(batch.rows) if row.samples]
-        if not drawn:
-            return []
-        if len(drawn) < len(batch.rows):
-            logits = logits[[index for index, _ in drawn]]
-        indexes = [row.request_index for _, row in drawn]
-        requests = [self.requests[index] for index in indexes]
-        tokens = sample(
-            logits, [SampleRow(r.sampling, r.token_ids, r.num_prompt_tokens) for r in requests]
-        )
-        return [
-            SampledToken(index, token_id, logprobs)
-            for index, (token_id, logprobs) in zip(indexes, tokens, strict=True)
-        ]
-
-    def _prompt_logprobs(self, batch: StepBatch, logits: Tensor) -> list[PromptLogprobs]:
-        by_request: dict[int, list[int]] = {}
-        for index, row in enumerate(batch.rows):
-            if not row.samples:
-                by_request.setdefault(row.request_index, []).append(index)
-        return [
-            self._prompt_part(batch, logits, request_index, indexes)
-            for request_index, indexes in by_request.items()
-        ]
-
-    def _prompt_part(
-        self, batch: StepBatch, logits: Tensor, request_index: int, indexes: list[int]
-    ) -> PromptLogprobs:
-        request = self.requests[request_index]
-        start = batch.rows[indexes[0]].position + 1
-        targets = torch.tensor(request.token_ids[start : start + len(indexes)])
-        top = request.sampling.num_prompt_logprobs or 0
-        return PromptLogprobs(request_index, start, prompt_logprobs(logits[indexes], targets, top))
 
 
 def _device(config: WorkerConfig) -> torch.device:

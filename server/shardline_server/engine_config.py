@@ -79,6 +79,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     nodes: NodesConfig | None = None
     layer_times: LayerTimes | None = None
     keeps_spare: bool = True
+    has_cuda_graphs: bool = True
 
     @property
     def max_kv_blocks(self) -> int:

@@ -94,6 +94,7 @@ def plan_engine(
         nodes=nodes,
         layer_times=times,
         keeps_spare=settings.spare_worker,
+        has_cuda_graphs=settings.cuda_graphs,
     )
 
 

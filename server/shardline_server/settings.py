@@ -159,6 +159,10 @@ class ServeSettings(DoorSettings, BaseSettings):
         True, description="reuse the KV memory of equal prompt beginnings"
     )
 
+    cuda_graphs: Annotated[bool, Flag("Memory and scheduling")] = Field(
+        True, description="on GPUs, record decode steps as CUDA graphs; off, they are launched anew"
+    )
+
     grace_s: Annotated[float, Flag("Running", "SECONDS")] = Field(
         20.0,
         ge=0,

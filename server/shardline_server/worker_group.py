@@ -205,6 +205,8 @@ class WorkerGroup:
             block_size=config.block_size,
             kv_memory_bytes=config.kv_memory_bytes,
             max_kv_blocks=config.max_kv_blocks,
+            max_model_len=config.max_model_len,
+            max_graph_size=config.max_num_seqs if config.has_cuda_graphs else 0,
             log_level=config.log_level,
         )
 
