@@ -1,6 +1,7 @@
-"""The scripts in `bench/` that start other servers: what they say where there are none."""
+"""Scripts in `bench/`: what they say where other servers, or a GPU, are missing."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,3 +48,19 @@ def test_memory_is_counted_over_the_process_tree():
         )
         process.communicate(b"\n")
     assert 2**26 < int(counted.stdout) < 2**28
+
+
+def test_what_measures_a_gpu_runs_on_a_cpu_and_says_what_it_leaves_out():
+    command = [sys.executable, BENCH / "gpu.py", "tiny", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "sampling: the tokens that a CPU draws" in done.stdout
+    assert "continuous batching: not run, it wants a GPU" in done.stdout
+
+
+def test_without_a_gpu_nothing_is_measured_as_if_there_were_one():
+    command = [sys.executable, BENCH / "gpu.py", "tiny"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode != 0
+    assert "there is no GPU here" in done.stderr
