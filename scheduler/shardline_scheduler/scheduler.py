@@ -16,7 +16,7 @@ tokens, was never told the dropped one, and draws it again, with the same seed a
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from math import inf
 
@@ -28,19 +28,15 @@ from .cost_model import PipeModel
 from .errors import BudgetRefused, DuplicateRequest, QueueFull, RequestTooLong
 from .keeper import BudgetKeeper, Keeper, NoBudgets
 from .leaving import late_requests
-from .memory import KvMemory
 from .outcome import Outcomes, outcome_of
 from .outputs import RequestOutput, SchedulerStats
 from .pipe_clock import PipeClock
 from .plan import SampledToken, StepPlan, StepResult, TokenLogprobs
-from .policy import POLICIES, Key, Policy
-from .queue import WaitingQueue
+from .planner import Planner
+from .policy import POLICIES, Policy
 from .request import FinishReason, Request, RequestState
-from .running import RunningRequests
-from .step import Step
-from .target import Prompts
+from .seating import Seating
 from .verdict import Ahead
-from .victims import Victims
 
 MAX_STRIKES = 2
 
@@ -77,17 +73,17 @@ class Scheduler:
         self._policy = policy or POLICIES[config.policy]()
         self._cost = cost
         self._jitter = jitter
+        self._seating = seating = Seating(config, self._policy)
+        self._memory, self._waiting, self._running = (
+            seating.memory,
+            seating.waiting,
+            seating.running,
+        )
         self._learn(cost_model or PipeModel.of_size(config.num_stages))
-        self._memory = KvMemory(config.num_blocks, config.block_size, config.enable_prefix_cache)
         self._requests: dict[str, Request] = {}
-        self._waiting = WaitingQueue(self._policy)
-        self._running = RunningRequests()
-        self._released: list[int] = []
         self._in_flight: deque[_InFlight] = deque()
         self._sequences = count()
-        self._indexes = count()
         self._num_steps = 0
-        self._num_preemptions = 0
         self._now = float("-inf")
 
     def _learn(self, model: PipeModel) -> None:
@@ -101,6 +97,7 @@ class Scheduler:
             self._keeper = BudgetKeeper(self.config, self._policy, model, self._jitter)
         else:
             self._keeper = NoBudgets(self._cost or TokenBudget(self.config.max_num_batched_tokens))
+        self._planner = Planner(self.config, self._policy, self._keeper, model, self._seating)
 
     @property
     def has_requests(self) -> bool:
@@ -156,10 +153,7 @@ class Scheduler:
         self._set_time(now)
         if len(self._in_flight) >= self.config.in_flight_limit:
             return None
-        step = Step(self._num_steps, self._keeper.cost, self._memory)
-        victims = Victims(self._running, self._policy, step.step_id, now)
-        self._plan_decodes(step, victims, now)
-        self._plan_prompts(step, victims, now)
+        step = self._planner.fill(self._num_steps, now)
         if not len(step):
             return None
         self._num_steps += 1
@@ -170,8 +164,7 @@ class Scheduler:
         )
         # Released indexes wait for a plan with work in it: they cost an idle worker little, and
         # they are at most as many as were running.
-        released, self._released = self._released, []
-        return step.complete(released)
+        return step.complete(self._seating.take_released())
 
     def commit(self, result: StepResult, now: float) -> list[RequestOutput]:
         """Take in the result of the oldest plan in flight; returns the news."""
@@ -254,9 +247,9 @@ class Scheduler:
         """
         self._set_time(now)
         for request in list(self._running):
-            self._release(request)
-            self._restart(request, num_cached_tokens=0)
-        self._released.clear()
+            self._seating.restart(request, num_cached_tokens=0)
+            self._keeper.restart(request)
+        self._seating.take_released()
         self._in_flight.clear()
         self._clock.clear()
         self._memory.forget_prefixes()
@@ -279,7 +272,7 @@ class Scheduler:
             num_kv_blocks=pool.num_blocks,
             num_used_kv_blocks=pool.num_used,
             num_cached_kv_blocks=pool.num_cached,
-            num_preemptions=self._num_preemptions,
+            num_preemptions=self._seating.num_preemptions,
             num_prefix_queries=memory.num_prefix_queries,
             num_prefix_hits=memory.num_prefix_hits,
             num_steps=self._num_steps,
@@ -312,127 +305,6 @@ class Scheduler:
         is_full = len(back_in) >= self.config.in_flight_limit
         return Ahead(next_s=back_in[0] if is_full else 0.0, back_s=back_in[-1])
 
-    def _plan_decodes(self, step: Step, victims: Victims, now: float) -> None:
-        """Give decodes their token, oldest first; those of guests if they leave time for the rest.
-
-        Of R decodes at most ⌈R / in_flight_limit⌉, so that micro-batches stay even: requests that
-        came together would else share one micro-batch for ever, and leave the stages before and
-        after it idle.
-        """
-        in_flight, running = self.config.in_flight_limit, self._running
-        self._take_decodes(step, victims, -(-running.num_promised_decodes // in_flight), inf)
-        self._make_way(victims)
-        cap = -(-running.num_decodes // in_flight)
-        if len(step) < cap:
-            limit_s = self._keeper.guest_limit_s(step.load, now)
-            self._take_decodes(step, victims, cap, limit_s, guest=True)
-
-    def _take_decodes(
-        self, step: Step, victims: Victims, cap: int, limit_s: float, *, guest: bool = False
-    ) -> None:
-        """Until the step has `cap` of them or takes `limit_s`."""
-        passed_over: list[Request] = []
-        while len(step) < cap and (request := self._running.pop_decode(guest=guest)):
-            if limit_s < inf and self._seconds_with(step, request) > limit_s:
-                passed_over.append(request)
-                break
-            if self._memory.lacks_block(request) and not self._make_room(request, victims):
-                passed_over.append(request)
-            elif not step.schedule(request):
-                passed_over.append(request)
-                break
-        self._running.put_back(passed_over, guest=guest)
-
-    def _seconds_with(self, step: Step, decode: Request) -> float:
-        load = replace(step.load)
-        load.add(1, decode.num_computed_tokens)
-        return self.cost_model.step_seconds(load)
-
-    def _make_room(self, request: Request, victims: Victims) -> bool:
-        """One more block; who gets none keeps what he has and waits for another step."""
-        while not self._memory.pool.num_available:
-            victim = victims.next_behind(request)
-            if victim is None:
-                return False
-            self._preempt(victim)
-        self._memory.grow(request)
-        return True
-
-    def _plan_prompts(self, step: Step, victims: Victims, now: float) -> None:
-        """Prompts in the policy's order, those that run and those that wait alike."""
-        prefills = sorted(self._running.prefills(), key=self._order, reverse=True)
-        self._aim(step, prefills, now)
-        is_open = True
-        while prefills or (is_open and self._waiting):
-            head = self._waiting.peek() if is_open and self._waiting else None
-            if head is not None and (not prefills or self._order(head) < self._order(prefills[-1])):
-                is_open = self._admit(step, head, victims)
-                continue
-            request = prefills.pop()
-            if request.state is not RequestState.RUNNING or request.last_step_id == step.step_id:
-                continue  # It has just made room for another one.
-            if not self._schedule_prefill(step, request):
-                break
-
-    def _aim(self, step: Step, prefills: list[Request], now: float) -> None:
-        num_tokens = self._waiting.num_tokens
-        num_tokens += sum(len(r.token_ids) - r.num_computed_tokens for r in prefills)
-        count, has_decodes = len(prefills) + len(self._waiting), self._running.num_promised_decodes
-        self._keeper.aim(step.load, now, Prompts(count, num_tokens, has_decodes > 0))
-
-    def _order(self, request: Request) -> tuple[Key, int]:
-        return self._policy.key(request), request.sequence
-
-    def _admit(self, step: Step, request: Request, victims: Victims) -> bool:
-        """Let the first of the queue run, if there is a seat, its tokens fit memory and one of
-        them the step.
-        """
-        if not step.may_hold(request):
-            return False
-        if not step.can_take(0):  # Spares the look-up; the prefix that it finds has a say too.
-            return False
-        prefix = self._memory.find_prefix(request)
-        if not step.can_take(len(prefix) * self.config.block_size):
-            return False
-        if not self._has_place(request, prefix):
-            return False
-        self._waiting.pop()
-        request.start(next(self._indexes), self._memory.admit(request, prefix))
-        self._running.add(request)
-        self._keeper.start(request)
-        step.introduce(request)
-        return self._schedule_prefill(step, request)
-
-    def _make_way(self, victims: Victims) -> None:
-        """Let guests step back for the first of the queue, if that is promised to be in time;
-        before they get a part of the step.
-        """
-        if not self._waiting or not (request := self._waiting.peek()).terms.is_promised:
-            return
-        while not self._has_place(request, self._memory.find_prefix(request)):
-            victim = victims.next_guest()
-            if victim is None:
-                break
-            self._preempt(victim)
-
-    def _has_place(self, request: Request, prefix: list[int]) -> bool:
-        """A seat, and the blocks: one for each of the others too, or their next tokens would throw
-        the newcomer out again. With memory short that made a quarter of all computing replay, and
-        so it is a hundredth.
-        """
-        num_running = len(self._running)
-        return num_running < self.config.max_num_seqs and self._memory.can_admit(
-            request, prefix, num_spare_blocks=num_running
-        )
-
-    def _schedule_prefill(self, step: Step, request: Request) -> bool:
-        is_scheduled = step.may_hold(request) and step.schedule(request)
-        if is_scheduled:
-            self._keeper.progress(request)
-        if request.is_token_in_flight:
-            self._running.end_prefill(request)
-        return is_scheduled
-
     def _accept(
         self,
         request: Request,
@@ -454,17 +326,6 @@ class Scheduler:
             request, token_ids, logprobs, prompt_logprobs, finish_reason, outcome
         )
 
-    def _preempt(self, request: Request) -> None:
-        self._release(request)
-        self._restart(request, request.num_computed_tokens)
-        self._num_preemptions += 1
-
-    def _restart(self, request: Request, num_cached_tokens: int) -> None:
-        request.restart()
-        request.terms.num_cached_tokens = num_cached_tokens
-        self._keeper.restart(request)
-        self._waiting.push(request)
-
     def _degrade(self, request: Request) -> None:
         """Its budget is lost: from now on it gets what others leave over."""
         if request.state is RequestState.RUNNING:
@@ -480,11 +341,5 @@ class Scheduler:
         if was_waiting:
             self._waiting.drop(request)
         else:
-            self._release(request)
+            self._seating.release(request)
         self._keeper.remove(request, is_complete=is_complete)
-
-    def _release(self, request: Request) -> None:
-        """Take a running request off the workers and out of memory."""
-        self._running.remove(request)
-        self._released.append(request.request_index)
-        self._memory.free(request)

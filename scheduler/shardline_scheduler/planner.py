@@ -1,0 +1,165 @@
+"""Fills a step: decodes first, then prompts, as far as seats, memory and its time allow."""
+
+from dataclasses import replace
+from math import inf
+
+from .config import SchedulerConfig
+from .cost_model import PipeModel
+from .keeper import Keeper
+from .policy import Key, Policy
+from .request import Request, RequestState
+from .seating import Seating
+from .step import Step
+from .target import Prompts
+from .victims import Victims
+
+
+class Planner:
+    """Plans by a policy and the budgets that a keeper keeps; who runs and waits is in `seating`."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        policy: Policy,
+        keeper: Keeper,
+        model: PipeModel,
+        seating: Seating,
+    ) -> None:
+        self.config = config
+        self._policy = policy
+        self._keeper = keeper
+        self._model = model
+        self._seating = seating
+        self._memory, self._waiting = seating.memory, seating.waiting
+        self._running = seating.running
+
+    def fill(self, step_id: int, now: float) -> Step:
+        """The step, perhaps with nothing in it."""
+        step = Step(step_id, self._keeper.cost, self._memory)
+        victims = Victims(self._running, self._policy, step_id, now)
+        self._plan_decodes(step, victims, now)
+        self._plan_prompts(step, victims, now)
+        return step
+
+    def _plan_decodes(self, step: Step, victims: Victims, now: float) -> None:
+        """Give decodes their token, oldest first; those of guests if they leave time for the rest.
+
+        Of R decodes at most ⌈R / in_flight_limit⌉, so that micro-batches stay even: requests that
+        came together would else share one micro-batch for ever, and leave the stages before and
+        after it idle.
+        """
+        in_flight, running = self.config.in_flight_limit, self._running
+        self._take_decodes(step, victims, -(-running.num_promised_decodes // in_flight), inf)
+        self._make_way(victims)
+        cap = -(-running.num_decodes // in_flight)
+        if len(step) < cap:
+            limit_s = self._keeper.guest_limit_s(step.load, now)
+            self._take_decodes(step, victims, cap, limit_s, guest=True)
+
+    def _take_decodes(
+        self, step: Step, victims: Victims, cap: int, limit_s: float, *, guest: bool = False
+    ) -> None:
+        """Until the step has `cap` of them or takes `limit_s`."""
+        passed_over: list[Request] = []
+        while len(step) < cap and (request := self._running.pop_decode(guest=guest)):
+            if limit_s < inf and self._seconds_with(step, request) > limit_s:
+                passed_over.append(request)
+                break
+            if self._memory.lacks_block(request) and not self._make_room(request, victims):
+                passed_over.append(request)
+            elif not step.schedule(request):
+                passed_over.append(request)
+                break
+        self._running.put_back(passed_over, guest=guest)
+
+    def _seconds_with(self, step: Step, decode: Request) -> float:
+        load = replace(step.load)
+        load.add(1, decode.num_computed_tokens)
+        return self._model.step_seconds(load)
+
+    def _make_room(self, request: Request, victims: Victims) -> bool:
+        """One more block; who gets none keeps what he has and waits for another step."""
+        while not self._memory.pool.num_available:
+            victim = victims.next_behind(request)
+            if victim is None:
+                return False
+            self._preempt(victim)
+        self._memory.grow(request)
+        return True
+
+    def _plan_prompts(self, step: Step, victims: Victims, now: float) -> None:
+        """Prompts in the policy's order, those that run and those that wait alike."""
+        prefills = sorted(self._running.prefills(), key=self._order, reverse=True)
+        self._aim(step, prefills, now)
+        is_open = True
+        while prefills or (is_open and self._waiting):
+            head = self._waiting.peek() if is_open and self._waiting else None
+            if head is not None and (not prefills or self._order(head) < self._order(prefills[-1])):
+                is_open = self._admit(step, head, victims)
+                continue
+            request = prefills.pop()
+            if request.state is not RequestState.RUNNING or request.last_step_id == step.step_id:
+                continue  # It has just made room for another one.
+            if not self._schedule_prefill(step, request):
+                break
+
+    def _aim(self, step: Step, prefills: list[Request], now: float) -> None:
+        num_tokens = self._waiting.num_tokens
+        num_tokens += sum(len(r.token_ids) - r.num_computed_tokens for r in prefills)
+        count, has_decodes = len(prefills) + len(self._waiting), self._running.num_promised_decodes
+        self._keeper.aim(step.load, now, Prompts(count, num_tokens, has_decodes > 0))
+
+    def _order(self, request: Request) -> tuple[Key, int]:
+        return self._policy.key(request), request.sequence
+
+    def _admit(self, step: Step, request: Request, victims: Victims) -> bool:
+        """Let the first of the queue run, if there is a seat, its tokens fit memory and one of
+        them the step.
+        """
+        if not step.may_hold(request):
+            return False
+        if not step.can_take(0):  # Spares the look-up; the prefix that it finds has a say too.
+            return False
+        prefix = self._memory.find_prefix(request)
+        if not step.can_take(len(prefix) * self.config.block_size):
+            return False
+        if not self._has_place(request, prefix):
+            return False
+        self._seating.seat_first(prefix)
+        self._keeper.start(request)
+        step.introduce(request)
+        return self._schedule_prefill(step, request)
+
+    def _make_way(self, victims: Victims) -> None:
+        """Let guests step back for the first of the queue, if that is promised to be in time;
+        before they get a part of the step.
+        """
+        if not self._waiting or not (request := self._waiting.peek()).terms.is_promised:
+            return
+        while not self._has_place(request, self._memory.find_prefix(request)):
+            victim = victims.next_guest()
+            if victim is None:
+                break
+            self._preempt(victim)
+
+    def _has_place(self, request: Request, prefix: list[int]) -> bool:
+        """A seat, and the blocks: one for each of the others too, or their next tokens would throw
+        the newcomer out again. With memory short that made a quarter of all computing replay, and
+        so it is a hundredth.
+        """
+        num_running = len(self._running)
+        return num_running < self.config.max_num_seqs and self._memory.can_admit(
+            request, prefix, num_spare_blocks=num_running
+        )
+
+    def _schedule_prefill(self, step: Step, request: Request) -> bool:
+        is_scheduled = step.may_hold(request) and step.schedule(request)
+        if is_scheduled:
+            self._keeper.progress(request)
+        if request.is_token_in_flight:
+            self._running.end_prefill(request)
+        return is_scheduled
+
+    def _preempt(self, request: Request) -> None:
+        self._seating.preempt(request)
+        self._keeper.restart(request)
