@@ -49,7 +49,8 @@ class EngineDied(Exception):
 class EngineConnection:
     """One front end's view of an engine; waits for messages, never for time."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, pid: int) -> None:
+        self.pid = pid
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger = 0
@@ -161,7 +162,7 @@ def running_engine_of(config: EngineConfig) -> Iterator[EngineConnection]:
     process = start_child_process("shardline_server.engine", config)
     assert process.stdout is not None
     address = msgspec.json.decode(process.stdout.readline(), type=EngineAddress).address
-    connection = EngineConnection(address)
+    connection = EngineConnection(address, process.pid)
     try:
         connection.ready = connection.receive()
         assert isinstance(connection.ready, EngineReady)

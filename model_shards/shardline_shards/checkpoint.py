@@ -6,7 +6,7 @@ checkpoints are applied, conversions that build new tensors are refused.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +37,19 @@ class LoadReport:
     total_bytes: int
 
 
-def load_weights(stage: StageModel, model_path: Path, device: torch.device) -> LoadReport:
+def _tell_nobody(shape: Sequence[int]) -> None:
+    pass
+
+
+def load_weights(
+    stage: StageModel,
+    model_path: Path,
+    device: torch.device,
+    tell: Callable[[Sequence[int]], None] = _tell_nobody,
+) -> LoadReport:
     """Give every parameter of the stage its values, straight on `device` and in the model's dtype.
 
+    `tell` is called with the shape of each before it is read.
     Raises LoadError if a file is missing or damaged, or a tensor is missing or has another shape.
     """
     with ExitStack() as stack:
@@ -47,6 +57,7 @@ def load_weights(stage: StageModel, model_path: Path, device: torch.device) -> L
         checkpoint.check_nothing_left_over(stage.all_names)
         read_bytes = 0
         for name, parameter in list(stage.model.named_parameters()):
+            tell(parameter.shape)
             source = stage.sources.get(name, ParameterSource(name))
             stored = checkpoint.read(source)
             if stored.shape != parameter.shape:
@@ -59,11 +70,17 @@ def load_weights(stage: StageModel, model_path: Path, device: torch.device) -> L
         return LoadReport(read_bytes, checkpoint.total_bytes)
 
 
-def load_dummy(stage: StageModel, device: torch.device, seed: int) -> LoadReport:
+def load_dummy(
+    stage: StageModel,
+    device: torch.device,
+    seed: int,
+    tell: Callable[[Sequence[int]], None] = _tell_nobody,
+) -> LoadReport:
     """Random weights of standard deviation 0.02, norms at their start values; nothing is read."""
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in list(stage.model.named_parameters()):
         shape, dtype = parameter.shape, parameter.dtype
+        tell(shape)
         values = torch.empty(shape, dtype=dtype, device=device)
         if parameter.ndim > 1:
             values.normal_(std=0.02, generator=generator)

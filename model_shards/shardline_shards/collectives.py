@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 from shardline_shards.errors import LostPeer
 from shardline_shards.ledger import Ledger, Operation
 from shardline_shards.shared_memory import SharedMemoryCollectives, share_memory
+
+# For what another rank is awaited within a step; who is stuck is found out long before.
+STEP_LIMIT = timedelta(minutes=5)
 
 
 class Collectives(Protocol):
@@ -89,7 +93,7 @@ class ExchangeCollectives:
     def _wait_all(works: list[dist.Work | None]) -> None:
         for work in works:
             if work is not None:
-                work.wait()
+                work.wait(STEP_LIMIT)
 
 
 class NcclCollectives:

@@ -14,12 +14,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store, TCPStore
 
-from shardline_shards.collectives import Collectives, SingleRank, StageCollectives, brief
+from shardline_shards.collectives import (
+    STEP_LIMIT,
+    Collectives,
+    SingleRank,
+    StageCollectives,
+    brief,
+)
 from shardline_shards.errors import LostPeer
 from shardline_shards.layout import ParallelLayout, Place
 from shardline_shards.ledger import Ledger, Operation
 
-_FORM_TIMEOUT = timedelta(minutes=5)
+# Ranks meet when all have said that they are there, so who does not come soon has died meanwhile.
+_FORM_LIMIT = timedelta(seconds=10)
 
 
 def host_store(host: str, world_size: int) -> TCPStore:
@@ -36,7 +43,7 @@ def open_store(listener: socket.socket, world_size: int) -> TCPStore:
         world_size,
         is_master=True,
         wait_for_workers=False,
-        timeout=_FORM_TIMEOUT,
+        timeout=_FORM_LIMIT,
         master_listen_fd=listener.detach(),
     )
 
@@ -44,7 +51,7 @@ def open_store(listener: socket.socket, world_size: int) -> TCPStore:
 def join_store(host: str, port: int, world_size: int) -> TCPStore:
     """A client of the store at `host:port`."""
     return TCPStore(
-        host, port, world_size, is_master=False, wait_for_workers=False, timeout=_FORM_TIMEOUT
+        host, port, world_size, is_master=False, wait_for_workers=False, timeout=_FORM_LIMIT
     )
 
 
@@ -93,7 +100,8 @@ class Communicators:
         """Meet all other ranks at `store`. Raises LostPeer if one of them goes meanwhile.
 
         Every connection is made here: gloo joins all ranks of a group when it is formed, NCCL does
-        if it is told the device, and splits the first communicator for the others.
+        if it is told the device, and splits the first communicator for the others. gloo's limit is
+        the one for this; each operation later brings its own.
         """
         with _losing("the process groups cannot be formed"):
             dist.init_process_group(
@@ -101,7 +109,7 @@ class Communicators:
                 store=store,
                 rank=self.layout.rank(self.place),
                 world_size=self.layout.world_size,
-                timeout=_FORM_TIMEOUT,
+                timeout=self._limit,
                 device_id=self.device if self._backend == "nccl" else None,
             )
             self._form_stages()
@@ -124,7 +132,7 @@ class Communicators:
         if self._stage is None:
             return
         for stage_index in range(self.layout.pp):
-            group = dist.new_group(self.layout.stage_ranks(stage_index))
+            group = self._new_group(self.layout.stage_ranks(stage_index))
             if stage_index == self.place.stage_index:
                 self._stage.form(group, self.device)
 
@@ -135,11 +143,19 @@ class Communicators:
             for tp_rank in range(layout.tp):
                 sender = Place(stage_index, tp_rank)
                 receiver = Place(stage_index + 1, tp_rank)
-                group = dist.new_group([layout.rank(sender), layout.rank(receiver)])
+                group = self._new_group([layout.rank(sender), layout.rank(receiver)])
                 if place == sender:
                     self.next = StageLink(group, layout.rank(receiver), receiver, self.ledger)
                 elif place == receiver:
                     self.previous = StageLink(group, layout.rank(sender), sender, self.ledger)
+
+    @property
+    def _limit(self) -> timedelta:
+        return STEP_LIMIT if self._backend == "nccl" else _FORM_LIMIT
+
+    def _new_group(self, ranks: list[int]) -> dist.ProcessGroup:
+        group: dist.ProcessGroup = dist.new_group(ranks, timeout=self._limit)
+        return group
 
     def close(self) -> None:
         """Leave all groups, together: a rank that leaves early breaks what others still receive."""
@@ -189,10 +205,8 @@ class StageLink:
             self._wait_for_oldest()
 
     def _wait_for_oldest(self) -> None:
-        work, _ = self._pending.popleft()
-        if work is not None:
-            with _losing(f"the connection to {self._peer_name} broke"):
-                work.wait()
+        work, hidden = self._pending.popleft()
+        self._wait_for(work, hidden)
 
     def receive(
         self, num_tokens: int, width: int, dtype: torch.dtype, device: torch.device
@@ -201,5 +215,12 @@ class StageLink:
         self._ledger.note(Operation.RECEIVE, (num_tokens, width))
         hidden = torch.empty(num_tokens, width, dtype=dtype, device=device)
         with _losing(f"the connection to {self._peer_name} broke"):
-            dist.recv(hidden, self._peer, group=self._group)
+            work = dist.irecv(hidden, self._peer, group=self._group)
+        self._wait_for(work, hidden)
         return hidden
+
+    def _wait_for(self, work: dist.Work | None, hidden: Tensor) -> None:
+        """On CUDA the stream waits, and not this thread."""
+        if work is not None:
+            with _losing(f"the connection to {self._peer_name} broke"):
+                work.wait(*() if hidden.is_cuda else (STEP_LIMIT,))

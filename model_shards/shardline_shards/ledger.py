@@ -31,6 +31,7 @@ class Operation(IntEnum):
     GATHER = 4
     SEND = 5
     DRAW = 6
+    LOAD = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,9 @@ class Entry:
 
     def __str__(self) -> str:
         if not self.is_running:
-            return f"idle after step {self.step_id}"
+            return "idle" if self.step_id < 0 else f"idle after step {self.step_id}"
+        if self.operation is Operation.LOAD:
+            return f"loading its weights, tensor {self.num_operations}: {[*self.shape]}"
         name = self.operation.name.lower()
         return f"at step {self.step_id}, operation {self.num_operations}: {name} {[*self.shape]}"
 
@@ -57,8 +60,8 @@ class Ledger:
         """Of a descriptor that `create` made, here or in the parent."""
         self.descriptor = descriptor
         self._page = mmap.mmap(descriptor, _SIZE)
-        self._step_id = self._num_operations = 0
-        self._plan = self._operations = 0
+        self._step_id = -1
+        self._num_operations = self._plan = self._operations = 0
 
     @classmethod
     def create(cls) -> Self:

@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from zlib import crc32
@@ -193,9 +193,9 @@ class Worker:
             self.device,
         )
         if config.load_format == "dummy":
-            report = load_dummy(stage_model, self.device, config.seed)
+            report = load_dummy(stage_model, self.device, config.seed, self._note_load)
         else:
-            report = load_weights(stage_model, model_path, self.device)
+            report = load_weights(stage_model, model_path, self.device, self._note_load)
         logger.info(
             "read %.1f of %.1f MB in %.1f s",
             report.read_bytes / 1e6,
@@ -203,7 +203,11 @@ class Worker:
             time.monotonic() - started,
         )
         self.stage = Stage(stage_model, self.device)
+        self.ledger.rest()
         self._offer_memory(report)
+
+    def _note_load(self, shape: Sequence[int]) -> None:
+        self.ledger.note(Operation.LOAD, shape, is_shared=False)
 
     def _offer_memory(self, report: LoadReport) -> None:
         config = self.config

@@ -133,6 +133,7 @@ class EngineProcess:
 
     def __init__(self, config: EngineConfig) -> None:
         self._process = start_child_process("shardline_server.engine", config)
+        self.pid = self._process.pid
 
     def read_address(self) -> str:
         """Wait for the engine's address; raises ConfigError if it ends instead."""

@@ -1,7 +1,6 @@
 """The engine's workers: started, brought together, fed with plans, watched."""
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Sequence
 
@@ -11,6 +10,7 @@ import zmq
 from shardline_scheduler.plan import StepPlan, StepResult
 from shardline_server.engine_config import EngineConfig
 from shardline_server.errors import ConfigError
+from shardline_server.forming_watch import FormingWatch
 from shardline_server.head import Head
 from shardline_server.local_workers import Death, LocalWorkers
 from shardline_server.step_watch import StepWatch, find_divergence, find_stuck
@@ -39,7 +39,6 @@ logger = logging.getLogger("shardline.engine")
 
 _CHECK_INTERVAL_MS = 200
 _DEATH_TAKES_S = 0.3
-_ANSWER_TAKES_S = 10.0
 
 
 class WorkerFailed(Exception):
@@ -87,8 +86,7 @@ class WorkerGroup:
         self._ready: set[int] = set()
         self._num_blocks: int | None = None
         self._first_step_id: int | None = None
-        self._survivors: set[int] = set()
-        self._answer_by = math.inf
+        self._forming = FormingWatch((), time.monotonic())
         self._steps = StepWatch()
 
     def start(self) -> int:
@@ -117,8 +115,8 @@ class WorkerGroup:
             self._names[rank] = worker_name(rank, self.generation)
             self._loaded.pop(rank, None)
         self._send_all(Reform(self.generation))
-        self._survivors = set(self._loaded)
-        self._answer_by = time.monotonic() + _ANSWER_TAKES_S
+        survivors = [self.config.layout.place(rank) for rank in self._loaded]
+        self._forming = FormingWatch(survivors, time.monotonic())
         self._bring_together()
 
     def submit(self, plan: StepPlan) -> None:
@@ -216,7 +214,7 @@ class WorkerGroup:
             if self.socket.poll(_CHECK_INTERVAL_MS):
                 self._go_on_with(self._receive())
             self.check()
-            self._check_answers()
+            self._check_forming()
 
     def _go_on_with(self, message: FromWorker | None) -> None:
         match message:
@@ -225,6 +223,7 @@ class WorkerGroup:
                 self._allocate(message)
             case Joined() if message.generation == self.generation:
                 self._joined[message.rank] = message
+                self._forming.answered(self.config.layout.place(message.rank))
                 if len(self._joined) == len(self._ranks):
                     self._send_all(Rendezvous(self.config.host, self._store_port()))
             case Ready() if message.generation == self.generation:
@@ -244,12 +243,16 @@ class WorkerGroup:
     def _store_port(self) -> int:
         return next((joined.store_port for joined in self._joined.values() if joined.store_port), 0)
 
-    def _check_answers(self) -> None:
-        """A worker that is not new answers `Reform` within a step, or is stuck in one for ever."""
-        if time.monotonic() > self._answer_by and (silent := self._survivors - self._joined.keys()):
-            places = [self.config.layout.place(rank) for rank in sorted(silent)]
-            names = ", ".join(map(str, places))
-            raise WorkerLost(places, f"no answer for {_ANSWER_TAKES_S:.0f} s from {names}")
+    def _check_forming(self) -> None:
+        """Raise WorkerLost if somebody keeps the others waiting."""
+        have_met = len(self._joined) == len(self._ranks)
+        done = self._ready if have_met else self._loaded.keys()
+        awaited = [self.config.layout.place(rank) for rank in self._ranks if rank not in done]
+        ledgers = self._local.ledgers
+        entries = {place: ledgers[place].read() for place in awaited if place in ledgers}
+        stopped = self._local.find_stopped()
+        if loss := self._forming.look(entries, stopped, have_met, time.monotonic()):
+            raise WorkerLost(*loss)
 
     def _agree_on_blocks(self, loaded: list[Loaded]) -> int:
         """The smallest of what each rank has room for: every rank holds every sequence's blocks."""

@@ -1,13 +1,14 @@
 """Workers die under running streams, and no stream ends, loses a token or says another one."""
 
 import asyncio
-import os
+import contextlib
 import random
-import signal
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import httpx
 import psutil
@@ -30,6 +31,10 @@ LAYOUTS = {
 }
 NUM_STREAMS = 32
 Requests = dict[str, tuple[list[int], SamplingParams]]
+
+
+class HasPid(Protocol):
+    pid: int
 
 
 @pytest.fixture(scope="module")
@@ -68,33 +73,76 @@ def engine(request: pytest.FixtureRequest, model: Path) -> Iterator[EngineConnec
         yield connection
 
 
-def workers() -> list[psutil.Process]:
-    children = psutil.Process().children(recursive=True)
-    return [child for child in children if "worker stage" in " ".join(child.cmdline())]
+def workers(engine: HasPid) -> dict[str, psutil.Process]:
+    """Those of this engine, by name; other tests' engines may be there as well."""
+    found = {}
+    for child in psutil.Process(engine.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            name = " ".join(child.cmdline())
+            if "worker stage" in name:
+                found[name] = child
+    return found
 
 
-def find_worker(place: object) -> psutil.Process:
+def find_worker(engine: HasPid, place: Place) -> psutil.Process:
     part = f"stage={place.stage_index} tp={place.tp_rank}"
-    return next(worker for worker in workers() if part in " ".join(worker.cmdline()))
+    return next(worker for name, worker in workers(engine).items() if part in name)
+
+
+def await_successor(engine: HasPid, place: Place, dead: psutil.Process) -> psutil.Process:
+    """The process that takes the place of a dead worker, as soon as it has been told so."""
+    while True:
+        with contextlib.suppress(StopIteration):
+            if (worker := find_worker(engine, place)) != dead:
+                return worker
+        time.sleep(0.005)
+
+
+def start_streams(engine: EngineConnection, requests: Requests) -> None:
+    for name, request in requests.items():
+        engine.submit(name, *request)
+    engine.wait(lambda: all(len(o.token_ids) > 5 for o in engine.outcomes.values()))
+
+
+def finish_streams(engine: EngineConnection) -> dict[str, list[int]]:
+    engine.wait(lambda: all(outcome.finish_reason for outcome in engine.outcomes.values()))
+    tokens = {name: outcome.token_ids for name, outcome in engine.outcomes.items()}
+    engine.outcomes.clear()
+    return tokens
 
 
 def test_any_worker_may_die_under_running_streams(
     engine: EngineConnection, requests: Requests, undisturbed: dict[str, list[int]]
 ) -> None:
     for place in engine.layout.places():
-        for name, request in requests.items():
-            engine.submit(name, *request)
-        engine.wait(lambda: all(len(o.token_ids) > 5 for o in engine.outcomes.values()))
-        others = [worker for worker in workers() if worker != find_worker(place)]
-        os.kill(find_worker(place).pid, signal.SIGKILL)
-        engine.wait(lambda: all(outcome.finish_reason for outcome in engine.outcomes.values()))
-        assert {name: o.token_ids for name, o in engine.outcomes.items()} == undisturbed
+        start_streams(engine, requests)
+        victim = find_worker(engine, place)
+        others = [worker for worker in workers(engine).values() if worker != victim]
+        victim.kill()
+        assert finish_streams(engine) == undisturbed
         assert f"the worker of {place} was killed by signal 9, " in engine.losses.pop()
         assert not engine.losses
         assert all(worker.is_running() for worker in others), "the others keep their weights"
-        engine.outcomes.clear()
         assert engine.stats is not None
         assert engine.stats.num_used_kv_blocks == engine.stats.num_running == 0
+
+
+@pytest.mark.parametrize("layout", ["1x2", "2x2"])
+def test_workers_may_die_and_stop_while_others_are_brought_back(
+    model: Path, requests: Requests, undisturbed: dict[str, list[int]], layout: str
+) -> None:
+    """The last dies as soon as the first is known to be dead, whose successor stops as it loads."""
+    with running_engine(model, LAYOUTS[layout], max_num_batched_tokens=128) as engine:
+        first, last = LAYOUTS[layout].places()[0], LAYOUTS[layout].places()[-1]
+        start_streams(engine, requests)
+        victim, next_victim = find_worker(engine, first), find_worker(engine, last)
+        victim.kill()
+        engine.wait(lambda: bool(engine.losses))
+        next_victim.kill()
+        successor = await_successor(engine, first, victim)
+        successor.suspend()
+        assert finish_streams(engine) == undisturbed
+        assert not successor.is_running()
 
 
 def test_streams_through_both_doors_outlive_a_worker(tiny_model: Path) -> None:
@@ -122,7 +170,7 @@ def test_streams_through_both_doors_outlive_a_worker(tiny_model: Path) -> None:
 
         streams = [threads.submit(read, client, i) for client in (http, grpc) for i in range(16)]
         begun.wait()
-        find_worker(Place(1, 0)).kill()
+        find_worker(engine, Place(1, 0)).kill()
         assert [stream.result() for stream in streams] == undisturbed * 2
         assert probe.get("/ready").status_code == 200
         reason = "stage 1, tp rank 0 was killed by signal 9"
@@ -134,14 +182,10 @@ def test_a_stopped_worker_is_held_dead_and_replaced(
     engine: EngineConnection, requests: Requests, undisturbed: dict[str, list[int]]
 ) -> None:
     place = engine.layout.places()[-1]
-    for name, request in requests.items():
-        engine.submit(name, *request)
-    engine.wait(lambda: all(len(o.token_ids) > 5 for o in engine.outcomes.values()))
-    find_worker(place).suspend()
-    engine.wait(lambda: all(outcome.finish_reason for outcome in engine.outcomes.values()))
-    assert {name: o.token_ids for name, o in engine.outcomes.items()} == undisturbed
+    start_streams(engine, requests)
+    find_worker(engine, place).suspend()
+    assert finish_streams(engine) == undisturbed
     assert f"held dead: {place}" in engine.losses.pop()
-    engine.outcomes.clear()
 
 
 def test_who_kills_a_worker_twice_is_quarantined_and_the_rest_goes_on(
@@ -149,9 +193,7 @@ def test_who_kills_a_worker_twice_is_quarantined_and_the_rest_goes_on(
 ) -> None:
     """No front end lets a token through that the model does not have; a worker ends by it."""
     with running_engine(model, LAYOUTS["1x2"], max_num_batched_tokens=128) as engine:
-        for name, request in requests.items():
-            engine.submit(name, *request)
-        engine.wait(lambda: all(len(o.token_ids) > 5 for o in engine.outcomes.values()))
+        start_streams(engine, requests)
         engine.submit("poison", [5, VOCAB_SIZE + 5], SamplingParams(max_tokens=5, seed=0))
         engine.wait(lambda: all(outcome.finish_reason for outcome in engine.outcomes.values()))
         poison = engine.outcomes.pop("poison")
