@@ -127,6 +127,8 @@ class Communicators:
         if dist.is_initialized():
             with contextlib.suppress(RuntimeError):  # of what is broken anyway
                 dist.destroy_process_group()
+        # Groups are named by this count, and who failed to form them has gone on counting alone.
+        dist.distributed_c10d._world.group_count = 0
 
     def _form_stages(self) -> None:
         if self._stage is None:

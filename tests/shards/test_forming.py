@@ -4,6 +4,7 @@ import time
 from datetime import timedelta
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -20,11 +21,12 @@ LIMIT_S = 1.0
 
 def meet(store: dist.Store, rank: int, who_comes: tuple[int, ...]) -> Any:
     """How a rank that comes gets on; with a shorter limit than in earnest."""
-    distributed._FORM_LIMIT = timedelta(seconds=LIMIT_S)
     own = Communicators(LAYOUT, LAYOUT.place(rank), HOST, torch.device("cpu"), Ledger.create())
     try:
-        if rank in who_comes:
-            own.form(store)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(distributed, "_FORM_LIMIT", timedelta(seconds=LIMIT_S))
+            if rank in who_comes:
+                own.form(store)
     except LostPeer as error:
         own.abandon()
         return str(error)
@@ -45,10 +47,8 @@ def _wait_longer_than_the_limit(own: Communicators) -> list[list[float]]:
     return hidden.tolist()
 
 
-def test_who_meets_nobody_says_so_within_the_limit(ranks: RankPool) -> None:
+def test_who_meets_nobody_says_so_and_may_form_other_groups_later(ranks: RankPool) -> None:
+    """In those a step may take longer than forming."""
     told, _ = ranks.call(meet, 2, (0,))
     assert "the process groups cannot be formed (wait timeout after 1000ms" in told
-
-
-def test_a_step_may_take_longer_than_forming(ranks: RankPool) -> None:
     assert ranks.call(meet, 2, (0, 1)) == [[[1.0, 2.0]]] * 2
