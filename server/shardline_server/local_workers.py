@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import msgspec
 import psutil
+from msgspec import Struct
 
 from shardline_server.child import (
     configure_child_process,
@@ -24,20 +25,32 @@ _CUDA_MEMORY_SHARE = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """A worker process that has ended, how, and what it was doing."""
+    """A worker process that has ended, how, what it was doing, and on which other node."""
 
     place: Place
     how: str
     entry: Entry | None
+    node: str | None = None
 
     def __str__(self) -> str:
         doing = "before its first step" if self.entry is None else str(self.entry)
-        return f"the worker of {self.place} {self.how}, {doing}"
+        where = "" if self.node is None else f" on node {self.node}"
+        return f"the worker of {self.place}{where} {self.how}, {doing}"
 
     @property
     def step_id(self) -> int | None:
         """The step that it died in, if it was in one."""
         return self.entry.step_id if self.entry is not None and self.entry.is_running else None
+
+
+class WorkerState(Struct, frozen=True):
+    """What a node tells of one of its workers. `how` it ended is None of one that lives."""
+
+    place: Place
+    generation: int
+    how: str | None
+    is_stopped: bool
+    entry: Entry | None
 
 
 class _WorkerProcess:
@@ -84,15 +97,19 @@ class LocalWorkers:
             self._start(self._configs[config.place])
 
     def restart(self, places: Sequence[Place], generation: int) -> None:
-        """Start those workers anew, with the cores that they had; what is left of them is ended.
+        """Start those workers anew, as far as they are here, with the cores that they had; what is
+        left of them is ended.
 
         The first one takes the spare process, if there is one.
         """
-        for place in places:
+        ours = [place for place in places if place in self._workers]
+        for place in ours:
             self._workers[place].process.kill()
-        _end([self._workers[place] for place in places])
-        for place in places:
-            self._start(msgspec.structs.replace(self._configs[place], generation=generation))
+        _end([self._workers[place] for place in ours])
+        for place in ours:
+            config = msgspec.structs.replace(self._configs[place], generation=generation)
+            self._configs[place] = config
+            self._start(config)
 
     def keep_spare(self) -> None:
         """See that a process is there that has imported torch, to take a dead worker's place.
@@ -111,6 +128,21 @@ class LocalWorkers:
             Death(place, describe_exit(worker.process.returncode), worker.ledger.read())
             for place, worker in self._workers.items()
             if not worker.is_alive
+        ]
+
+    def states(self) -> list[WorkerState]:
+        """Of every worker."""
+        how = {death.place: death.how for death in self.ended()}
+        stopped = self.find_stopped()
+        return [
+            WorkerState(
+                place,
+                self._configs[place].generation,
+                how.get(place),
+                place in stopped,
+                worker.ledger.read(),
+            )
+            for place, worker in self._workers.items()
         ]
 
     @property

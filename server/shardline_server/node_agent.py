@@ -8,11 +8,12 @@ from pathlib import Path
 
 import msgspec
 
+from shardline_server.child import ChildExits
 from shardline_server.engine_config import BoardAddress
 from shardline_server.errors import ConfigError
 from shardline_server.local_workers import LocalWorkers
 from shardline_server.node_capacity import own_capacity
-from shardline_server.node_watch import SILENCE_LIMIT_S, HeadWatch
+from shardline_server.node_watch import SILENCE_LIMIT_S, Answer, HeadWatch
 from shardline_server.placement import Capacity
 from shardline_server.rendezvous import (
     Assignment,
@@ -78,15 +79,27 @@ def _run(settings: NodeSettings, workers: LocalWorkers) -> int:
     head = HeadWatch(assignment.watch_address, name)
     places = ", ".join(str(config.place) for config in assignment.workers)
     logger.info("joined as %s; runs %s", name, places)
-    failure: str | None = None
-    while not head.beat(failure):
+    exits = ChildExits()
+    while not head.answer.leave:
+        head.beat(workers.states(), exits)
         if head.silence_s > SILENCE_LIMIT_S:
             logger.error("the head has not been heard for %.1f s", head.silence_s)
             return 1
-        failure = "; ".join(map(str, workers.ended())) or None
+        _follow(head.answer, workers)
     head.close()
     workers.join()
     return 0
+
+
+def _follow(answer: Answer, workers: LocalWorkers) -> None:
+    """Start workers anew that the head holds lost."""
+    own = {state.place: state.generation for state in workers.states()}
+    for place, generation in answer.restarted:
+        if own.get(place, generation) < generation:
+            logger.warning("starting the worker of %s anew: generation %d", place, generation)
+            workers.restart([place], generation)
+    if answer.keeps_spare:
+        workers.keep_spare()
 
 
 def _join(settings: NodeSettings) -> tuple[str, Assignment]:

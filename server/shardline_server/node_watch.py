@@ -4,25 +4,37 @@ What a network cut would leave hanging for minutes is noticed here within second
 """
 
 import time
+from collections.abc import Sequence
 
 import msgspec
 import zmq
 from msgspec import Struct
+
+from shardline_server.child import ChildExits
+from shardline_server.local_workers import Death, WorkerState
+from shardline_shards.layout import Place
+from shardline_shards.ledger import Entry
 
 SILENCE_LIMIT_S = 3.0
 BEAT_INTERVAL_S = 0.5
 
 
 class Beat(Struct, frozen=True, tag=True):
-    """A node is there; `failure` says that one of its workers has ended, and how."""
+    """A node is there, and so are its workers."""
 
-    failure: str | None = None
+    workers: list[WorkerState] = []
 
 
 class Answer(Struct, frozen=True, tag=True):
-    """The head is there; with `leave` the node shall end its workers, and itself."""
+    """The head is there; with `leave` the node shall end its workers, and itself.
+
+    Workers that have been `restarted` are of that generation; a node whose own are older starts
+    them anew. If it `keeps_spare`, a process waits there to take a dead worker's place.
+    """
 
     leave: bool = False
+    restarted: list[tuple[Place, int]] = []
+    keeps_spare: bool = False
 
 
 class NodeWatch:
@@ -33,6 +45,9 @@ class NodeWatch:
         self._socket.bind(f"tcp://{host}:*")
         self.address: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._heard: dict[str, float] = {}
+        self._states: dict[Place, tuple[str, WorkerState]] = {}
+        self._restarted: dict[Place, int] = {}
+        self.keeps_spare = False
         self._decode = msgspec.msgpack.Decoder(Beat).decode
 
     def expect(self, names: list[str]) -> None:
@@ -40,17 +55,50 @@ class NodeWatch:
         self._heard = dict.fromkeys(names, time.monotonic())
 
     def find_failure(self) -> str | None:
-        """Answer the beats that have come; what a node reports, or that one has fallen silent."""
-        failure = None
+        """Answer the beats that have come; whether a node has fallen silent."""
         while self._socket.poll(0):
             identity, payload = self._socket.recv_multipart()
             beat = self._decode(payload)
             name = identity.decode()
             if name in self._heard:
                 self._heard[name] = time.monotonic()
-                self._send(name, Answer())
-                failure = failure or (beat.failure and f"node {name}: {beat.failure}")
-        return failure or self._find_silent()
+                self._states |= {state.place: (name, state) for state in beat.workers}
+                self._send(name, self._answer())
+        return self._find_silent()
+
+    def entries(self) -> dict[Place, Entry | None]:
+        """What the nodes' workers are at."""
+        return {state.place: state.entry for _, state in self._current()}
+
+    def ended(self) -> list[Death]:
+        """The nodes' workers that have ended."""
+        return [
+            Death(state.place, state.how, state.entry, name)
+            for name, state in self._current()
+            if state.how is not None
+        ]
+
+    def stopped(self) -> list[Place]:
+        """The nodes' workers whose process is stopped."""
+        return [state.place for _, state in self._current() if state.is_stopped]
+
+    def restart(self, places: Sequence[Place], generation: int) -> None:
+        """Have workers started anew, where they are; nodes have no spare for a while."""
+        self._restarted |= dict.fromkeys(places, generation)
+        self.keeps_spare = False
+        for name in self._heard:
+            self._send(name, self._answer())
+
+    def _answer(self) -> Answer:
+        return Answer(restarted=list(self._restarted.items()), keeps_spare=self.keeps_spare)
+
+    def _current(self) -> list[tuple[str, WorkerState]]:
+        """Without what is told of those that have successors."""
+        return [
+            (name, state)
+            for name, state in self._states.values()
+            if state.generation >= self._restarted.get(state.place, 0)
+        ]
 
     def dismiss(self) -> None:
         """Tell every node to leave."""
@@ -78,21 +126,31 @@ class HeadWatch:
         self._socket.connect(address)
         self._decode = msgspec.msgpack.Decoder(Answer).decode
         self._heard = time.monotonic()
+        self.answer = Answer()
 
     @property
     def silence_s(self) -> float:
         """For how long the head has not been heard."""
         return time.monotonic() - self._heard
 
-    def beat(self, failure: str | None) -> bool:
-        """Say that we are there and wait out the interval; True if the head tells us to leave."""
-        self._socket.send(msgspec.msgpack.encode(Beat(failure)))
+    def beat(self, workers: list[WorkerState], exits: ChildExits) -> None:
+        """Say how we are, and wait out the interval; less if a worker ends, or if the head's last
+        `answer` is news.
+        """
+        self._socket.send(msgspec.msgpack.encode(Beat(workers)))
         end = time.monotonic() + BEAT_INTERVAL_S
-        while self._socket.poll(max(0, int((end - time.monotonic()) * 1000))):
-            self._heard = time.monotonic()
-            if self._decode(self._socket.recv()).leave:
-                return True
-        return False
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(exits.fileno(), zmq.POLLIN)
+        before = self.answer
+        while self.answer == before:
+            ready = dict(poller.poll(max(0, int((end - time.monotonic()) * 1000))))
+            if self._socket in ready:
+                self._heard = time.monotonic()
+                self.answer = self._decode(self._socket.recv())
+            elif not ready or exits.fileno() in ready:
+                break
+        exits.clear()
 
     def close(self) -> None:
         """Send what is queued, for a second at most."""

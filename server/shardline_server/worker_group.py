@@ -12,9 +12,10 @@ from shardline_server.engine_config import EngineConfig
 from shardline_server.errors import ConfigError
 from shardline_server.forming_watch import FormingWatch
 from shardline_server.head import Head
-from shardline_server.local_workers import Death, LocalWorkers
+from shardline_server.local_workers import Death
 from shardline_server.step_watch import StepWatch, find_divergence, find_stuck
 from shardline_server.worker_placement import place_alone
+from shardline_server.workforce import Workforce
 from shardline_shards.layout import Place
 from shardline_shards.messages import (
     Allocate,
@@ -77,8 +78,8 @@ class WorkerGroup:
         self.socket.set_hwm(0)
         self.socket.bind(f"tcp://{config.host}:*")
         self._address: str = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._local = LocalWorkers()
         self._head = None if config.nodes is None else Head(config, config.nodes)
+        self._workforce = Workforce(None if self._head is None else self._head.watch)
         self._ranks = range(config.layout.world_size)
         self._names = [worker_name(rank, 0) for rank in self._ranks]
         self._loaded: dict[int, Loaded] = {}
@@ -94,7 +95,7 @@ class WorkerGroup:
 
         Raises WorkerFailed.
         """
-        self._local.start(self._place(), self.config.threads_per_worker)
+        self._workforce.local.start(self._place(), self.config.threads_per_worker)
         self._bring_together()
         assert self._num_blocks is not None
         return self._num_blocks
@@ -109,7 +110,7 @@ class WorkerGroup:
         self._ready.clear()
         self._first_step_id = None
         self._steps.forget()
-        self._local.restart(loss.places, self.generation)
+        self._workforce.restart(loss.places, self.generation)
         for place in loss.places:
             rank = self.config.layout.rank(place)
             self._names[rank] = worker_name(rank, self.generation)
@@ -140,36 +141,34 @@ class WorkerGroup:
         step_id = self._steps.overdue(expected_s, time.monotonic())
         if step_id is None:
             return
-        entries = {place: ledger.read() for place, ledger in self._local.ledgers.items()}
-        places = self._local.find_stopped() or find_stuck(entries, step_id)
+        entries = self._workforce.entries()
+        places = self._workforce.find_stopped() or find_stuck(entries, step_id)
         names = ", ".join(f"{place} ({entries[place] or 'no step yet'})" for place in places)
         reason = f"step {step_id} takes far longer than predicted; held dead: {names}"
         raise WorkerLost(places, reason, self._steps.requests_of(step_id))
 
     def check(self) -> None:
         """Raise WorkerLost if a worker process has ended, WorkerFailed if a node is silent."""
-        if deaths := self._local.ended():
-            self._raise_last_words()
-            raise self._loss(deaths)
-        if self._head is not None and (failure := self._head.watch.find_failure()):
+        if failure := self._workforce.find_silent():
             self._raise_last_words()
             raise WorkerFailed(failure)
+        if deaths := self._workforce.ended():
+            self._raise_last_words()
+            raise self._loss(deaths)
 
     def keep_spare(self) -> None:
-        """See that a process is ready to take the place of a worker of this node."""
-        self._local.keep_spare()
+        """See that on every node a process is ready to take the place of a worker."""
+        self._workforce.keep_spare()
 
     def stop(self) -> None:
         """Tell all workers to leave, and see that they do."""
         self._send_all(Stop())
-        self._dismiss_nodes()
-        self._local.join()
+        self._workforce.join()
         self.socket.close(linger=0)
 
     def kill(self) -> None:
         """End all workers at once."""
-        self._dismiss_nodes()
-        self._local.kill()
+        self._workforce.kill()
         self.socket.close(linger=0)
 
     def _place(self) -> list[WorkerConfig]:
@@ -182,10 +181,6 @@ class WorkerGroup:
         self.config = msgspec.structs.replace(self.config, layout=placement.layout)
         workers = [self._worker_config(place) for place in placement.layout.places()]
         return workers if head is None else head.assign(placement, workers)
-
-    def _dismiss_nodes(self) -> None:
-        if self._head is not None:
-            self._head.watch.dismiss()
 
     def _worker_config(self, place: Place) -> WorkerConfig:
         """What a worker is told; the node that starts it fills in its cores and memory."""
@@ -248,9 +243,9 @@ class WorkerGroup:
         have_met = len(self._joined) == len(self._ranks)
         done = self._ready if have_met else self._loaded.keys()
         awaited = [self.config.layout.place(rank) for rank in self._ranks if rank not in done]
-        ledgers = self._local.ledgers
-        entries = {place: ledgers[place].read() for place in awaited if place in ledgers}
-        stopped = self._local.find_stopped()
+        known = self._workforce.entries()
+        entries = {place: known.get(place) for place in awaited}
+        stopped = self._workforce.find_stopped()
         if loss := self._forming.look(entries, stopped, have_met, time.monotonic()):
             raise WorkerLost(*loss)
 
@@ -281,7 +276,7 @@ class WorkerGroup:
     def _arrive(self, step_id: int) -> None:
         """A result has come: the step before it is done everywhere, and was the same everywhere."""
         self._steps.arrive(step_id, time.monotonic())
-        odd = find_divergence(self._local.ledgers, step_id - 1)
+        odd = find_divergence(self._workforce.ledgers, step_id - 1)
         if odd:
             reason = "; ".join(f"{place} {what}" for place, what in odd.items())
             raise WorkerLost(list(odd), f"workers diverged: {reason}")
@@ -317,9 +312,7 @@ class WorkerGroup:
         if isinstance(message, Failed):
             if message.is_refusal:
                 return WorkerFailed(message.reason, is_refusal=True)
-            entry = (
-                self._local.ledgers[reporter].read() if reporter in self._local.ledgers else None
-            )
+            entry = self._workforce.entries().get(reporter)
             step_id = entry.step_id if entry is not None and entry.is_running else None
             indexes = self._steps.requests_of(step_id)
             return WorkerLost([reporter], f"the worker of {reason}", indexes)
@@ -328,7 +321,7 @@ class WorkerGroup:
 
     def _await_deaths(self) -> list[Death]:
         end = time.monotonic() + _DEATH_TAKES_S
-        while not (deaths := self._local.ended()) and time.monotonic() < end:
+        while not (deaths := self._workforce.ended()) and time.monotonic() < end:
             time.sleep(0.01)
         return deaths
 

@@ -46,11 +46,13 @@ def test_a_slow_wire_changes_no_token(
     assert float(round_trip[1]) >= 10
 
 
-def test_a_lost_node_is_named_and_its_head_says_so(hosts: Hosts, tiny_model: Path) -> None:
-    with launched(hosts, tiny_model, "--pp", "2") as (_, node, url):
+def test_a_node_that_is_gone_as_a_whole_is_named_and_ends_its_head(
+    hosts: Hosts, tiny_model: Path
+) -> None:
+    with launched(hosts, tiny_model, "--pp", "2") as (head, node, url):
         node.send_signal(signal.SIGKILL)
-        reason = wait_for_failure(url)
-        assert "node 1 (" in reason or "stage 1" in reason
+        assert re.search(r"node 1 \(.*\) has not been heard for", wait_for_failure(url))
+        assert head.wait(timeout=20) == 1
 
 
 def test_a_cut_wire_ends_streams_on_both_sides(hosts: Hosts, tiny_model: Path) -> None:
