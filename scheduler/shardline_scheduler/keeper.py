@@ -42,7 +42,7 @@ class Keeper(Protocol):
         ...
 
     def take_token(self, request: Request) -> None:
-        """A token of it has come, and it goes on."""
+        """Its first token has come, or the last one that was planned; and it goes on."""
         ...
 
     def restart(self, request: Request) -> None:
@@ -158,7 +158,7 @@ class BudgetKeeper:
         """Look for what its later tokens are bound by, from the first one on."""
         if request.num_output_tokens == request.terms.num_planned_tokens:
             self._admission.outgrow(request)
-        if request.first_token_time == request.last_token_time and request.terms.is_promised:
+        if request.num_output_tokens == 1 and request.terms.is_promised:
             self._expiries.watch(request)
 
     def restart(self, request: Request) -> None:

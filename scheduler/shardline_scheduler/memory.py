@@ -16,7 +16,7 @@ class KvMemory:
         self.pool = BlockPool(num_blocks)
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
-        self._block_size = block_size
+        self.block_size = block_size
         self._is_caching = enable_prefix_cache
 
     def find_prefix(self, request: Request) -> list[int]:
@@ -28,7 +28,7 @@ class KvMemory:
         if not self._is_caching or request.needs_prompt_logits:
             return []
         prefix: list[int] = []
-        num_blocks = (len(request.token_ids) - 1) // self._block_size
+        num_blocks = (len(request.token_ids) - 1) // self.block_size
         self._extend_digests(request, num_blocks)
         for digest in request.block_digests[:num_blocks]:
             block_id = self.pool.cache.find(digest)
@@ -50,7 +50,7 @@ class KvMemory:
         num_blocks = self._num_blocks_for(request) - len(prefix)
         request.block_table = prefix + self.pool.allocate(num_blocks)
         request.num_registered_blocks = len(prefix)
-        num_cached_tokens = len(prefix) * self._block_size
+        num_cached_tokens = len(prefix) * self.block_size
         if self._is_caching and request.num_preemptions == 0 and not request.needs_prompt_logits:
             self.num_prefix_queries += request.num_prompt_tokens
             self.num_prefix_hits += num_cached_tokens
@@ -58,7 +58,7 @@ class KvMemory:
 
     def lacks_block(self, request: Request) -> bool:
         """Whether the last token of the request has no slot yet."""
-        return len(request.token_ids) > len(request.block_table) * self._block_size
+        return len(request.token_ids) > len(request.block_table) * self.block_size
 
     def grow(self, request: Request) -> None:
         """One more block at the end of the table."""
@@ -66,7 +66,7 @@ class KvMemory:
 
     def has_full_block(self, request: Request) -> bool:
         """Whether planned tokens fill a block that is not registered yet."""
-        return request.num_computed_tokens // self._block_size > request.num_registered_blocks
+        return request.num_computed_tokens // self.block_size > request.num_registered_blocks
 
     def register(self, request: Request) -> None:
         """Offer the blocks that the plan just made fills to all later plans.
@@ -77,7 +77,7 @@ class KvMemory:
         """
         if not self._is_caching:
             return
-        num_full = request.num_computed_tokens // self._block_size
+        num_full = request.num_computed_tokens // self.block_size
         self._extend_digests(request, num_full)
         for i in range(request.num_registered_blocks, num_full):
             self.pool.cache.insert(request.block_digests[i], request.block_table[i])
@@ -97,10 +97,10 @@ class KvMemory:
         self.pool.check(request.block_table for request in requests)
 
     def _num_blocks_for(self, request: Request) -> int:
-        return -(-len(request.token_ids) // self._block_size)
+        return -(-len(request.token_ids) // self.block_size)
 
     def _extend_digests(self, request: Request, num_blocks: int) -> None:
-        digests, size = request.block_digests, self._block_size
+        digests, size = request.block_digests, self.block_size
         for i in range(len(digests), num_blocks):
             parent = digests[-1] if digests else ROOT_DIGEST
             digests.append(block_digest(parent, request.token_ids[i * size : (i + 1) * size]))

@@ -11,7 +11,7 @@ from .plan import TokenLogprobs
 from .request import FinishReason, Request
 
 
-class RequestOutput(Struct, frozen=True, kw_only=True, gc=False):
+class RequestOutput(Struct, frozen=True, gc=False):
     """News of one request: `token_ids` are its output tokens `index`, `index + 1`, …
 
     `logprobs` has one entry a token, or is empty. `prompt_logprobs` comes in pieces, in order,

@@ -55,7 +55,7 @@ class NewRequest(Struct, frozen=True, array_like=True):
     sampling: SamplingParams
 
 
-class ScheduledRequest(Struct, frozen=True, array_like=True):
+class ScheduledRequest(Struct, frozen=True, array_like=True, gc=False):
     """One request's part of a step: compute tokens [num_computed, num_computed + num_scheduled).
 
     `token_ids` are appended to the request's tokens before the step runs: the sampled tokens that
@@ -85,7 +85,7 @@ class StepPlan(Struct, frozen=True, array_like=True, tag=True):
     scheduled: list[ScheduledRequest]
 
 
-class SampledToken(Struct, frozen=True, array_like=True):
+class SampledToken(Struct, frozen=True, array_like=True, gc=False):
     """A drawn token, with its logprobs where the request asked for them."""
 
     request_index: int

@@ -36,8 +36,8 @@ class Request:
     `token_ids` holds prompt and emitted tokens for the life of the request, so that a replay is
     nothing but computing them again. `num_computed_tokens` counts what has been planned, which is
     ahead of what the workers have done. `request_index` is its current name among the workers, who
-    have been told the first `num_sent_tokens` tokens and `num_sent_blocks` blocks. `tenant` is whom
-    its work is charged to. Times are the scheduler's, in seconds; -inf where there is none yet.
+    have been told the first `num_sent_blocks` blocks. `tenant` is whom its work is charged to.
+    Times are the scheduler's, in seconds; -inf where there is none yet.
     """
 
     request_id: str
@@ -61,7 +61,6 @@ class Request:
 
     request_index: int = field(init=False, default=-1)
     num_computed_tokens: int = field(init=False, default=0)
-    num_sent_tokens: int = field(init=False, default=0)
     num_sent_blocks: int = field(init=False, default=0)
     last_step_id: int = field(init=False, default=-1)
     is_token_in_flight: bool = field(init=False, default=False)
@@ -96,13 +95,14 @@ class Request:
         self.is_token_in_flight = False
         self.num_strikes = 0
         self.last_token_time = now
-        if self.first_token_time == NEVER:
+        sampling, token_ids = self.sampling, self.token_ids
+        index = len(token_ids) - self.num_prompt_tokens
+        if not index:
             self.first_token_time = now
-        index = self.num_output_tokens
-        self.token_ids.append(token_id)
-        if token_id in self.sampling.stop_token_ids and index >= self.sampling.min_tokens:
+        token_ids.append(token_id)
+        if token_id in sampling.stop_token_ids and index >= sampling.min_tokens:
             return FinishReason.STOP
-        return FinishReason.LENGTH if index + 1 >= self.sampling.max_tokens else None
+        return FinishReason.LENGTH if index + 1 >= sampling.max_tokens else None
 
     def accept_prompt_logprobs(self, piece: PromptLogprobs) -> list[TokenLogprobs]:
         """What of it is new: a replay computes some a second time."""

@@ -4,6 +4,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 
 from .request import Request
+from .terms import Rank
+
+_PROMISED = Rank.PROMISED
 
 
 class RunningRequests:
@@ -77,16 +80,18 @@ class RunningRequests:
 
     def push_decode(self, request: Request) -> None:
         """Its token is back; it is the youngest."""
-        self._decodes[not request.terms.is_promised].append(request.request_index)
+        self._decodes[request.terms.rank is not _PROMISED].append(request.request_index)
 
-    def pop_decode(self, *, guest: bool) -> Request | None:
-        """The decode whose token has been back for longest, of those promised or of the guests."""
-        decodes = self._decodes[guest]
-        while decodes:
-            request = self._requests.get(decodes.popleft())
-            if request is not None:
-                return request
-        return None
+    def pop_decodes(self, num_wanted: int, guest: bool) -> list[Request]:
+        """Of those promised or of the guests, the decodes whose tokens have been back for longest;
+        as many as are wanted and there.
+        """
+        decodes, find = self._decodes[guest], self._requests.get
+        popped: list[Request] = []
+        while decodes and (num_missing := num_wanted - len(popped)) > 0:
+            indexes = [decodes.popleft() for _ in range(min(num_missing, len(decodes)))]
+            popped += [request for index in indexes if (request := find(index)) is not None]
+        return popped
 
     def put_back(self, decodes: Iterable[Request], *, guest: bool) -> None:
         """Decodes that were popped in this order and could not be planned."""

@@ -184,7 +184,7 @@ class Scheduler:
         for token in result.tokens:
             request = self._running.get(token.request_index)
             if request is not None:
-                accepted = prompt_logprobs.pop(request, [])
+                accepted = prompt_logprobs.pop(request, []) if prompt_logprobs else []
                 outputs.append(self._accept(request, token, accepted, now))
         for request, accepted in prompt_logprobs.items():
             outputs.append(RequestOutput.of(request, [], [], accepted, None))
@@ -312,18 +312,25 @@ class Scheduler:
         prompt_logprobs: list[TokenLogprobs],
         now: float,
     ) -> RequestOutput:
-        token_ids, outcome = [token.token_id], None
-        logprobs = [] if token.logprobs is None else [token.logprobs]
-        finish_reason = request.append(token.token_id, now)
-        if finish_reason is None:
-            self._running.push_decode(request)
-            self._keeper.take_token(request)
-        else:
+        finish_reason, outcome = request.append(token.token_id, now), None
+        num_tokens = len(request.token_ids) - request.num_prompt_tokens
+        if finish_reason is not None:
             self._remove(request, is_complete=True)
             outcome = outcome_of(request, now, is_complete=True)
             self._outcomes.count(request.budget, outcome)
-        return RequestOutput.of(
-            request, token_ids, logprobs, prompt_logprobs, finish_reason, outcome
+        else:
+            self._running.push_decode(request)
+            if num_tokens in (1, request.terms.num_planned_tokens):
+                self._keeper.take_token(request)
+        return RequestOutput(
+            request.request_id,
+            num_tokens - 1,
+            [token.token_id],
+            [] if token.logprobs is None else [token.logprobs],
+            prompt_logprobs,
+            finish_reason,
+            request.num_cached_tokens,
+            outcome,
         )
 
     def _degrade(self, request: Request) -> None:

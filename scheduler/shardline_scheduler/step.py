@@ -35,14 +35,41 @@ class Step:
     def introduce(self, request: Request) -> None:
         """Make the request known to the workers, under its new index."""
         token_ids, num_prompt_tokens = list(request.token_ids), request.num_prompt_tokens
-        request.num_sent_tokens = len(token_ids)
         request.num_sent_blocks = 0
         self._new_requests.append(
             NewRequest(request.request_index, token_ids, num_prompt_tokens, request.sampling)
         )
 
+    def take_decodes(self, decodes: list[Request]) -> None:
+        """Take the last token of each, which the workers have not been told yet. Whether it can be
+        afforded is not asked: who began has a right to his next token.
+        """
+        scheduled, filled, step_id = self._scheduled, self._filled, self.step_id
+        block_size, context = self._memory.block_size, 0
+        for request in decodes:
+            token_ids, block_table = request.token_ids, request.block_table
+            num_known, new_blocks = len(token_ids), block_table[request.num_sent_blocks :]
+            scheduled.append(
+                ScheduledRequest(
+                    request.request_index, num_known - 1, 1, token_ids[-1:], new_blocks, True
+                )
+            )
+            if new_blocks:
+                request.num_sent_blocks = len(block_table)
+            request.num_computed_tokens = num_known
+            request.last_step_id = step_id
+            request.is_token_in_flight = True
+            context += num_known - 1
+            if not num_known % block_size:
+                filled.append(request)
+        self.num_samples += len(decodes)
+        self.load.num_decodes += len(decodes)
+        self.load.decode_context += context
+
     def schedule(self, request: Request) -> bool:
-        """Take as much of the request as the step can afford; False if that is nothing."""
+        """Take as much of a prompt, or of what is computed again, as the step can afford; False if
+        that is nothing. The workers know its tokens.
+        """
         context = request.num_computed_tokens
         num_known = len(request.token_ids)
         num_tokens = self._cost.affordable_tokens(self.load, context, num_known - context)
@@ -56,12 +83,11 @@ class Step:
                 request.request_index,
                 context,
                 num_tokens,
-                request.token_ids[request.num_sent_tokens :],
+                [],
                 request.block_table[request.num_sent_blocks :],
                 end == num_known,
             )
         )
-        request.num_sent_tokens = num_known
         request.num_sent_blocks = len(request.block_table)
         request.num_computed_tokens = end
         request.last_step_id = self.step_id

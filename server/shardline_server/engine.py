@@ -178,7 +178,7 @@ class Engine:
         self._poller.register(self.frontends.socket, zmq.POLLIN)
         self._poller.register(self.workers.socket, zmq.POLLIN)
         self._poller.register(self._exits.fileno(), zmq.POLLIN)
-        _calm_garbage_collector()
+        calm_garbage_collector()
 
     @staticmethod
     def _start_accounting(config: EngineConfig) -> tuple[PipeAccounting, StageWatch | None]:
@@ -391,7 +391,7 @@ def main() -> None:
     sys.exit(_serve(engine))
 
 
-def _calm_garbage_collector() -> None:
+def calm_garbage_collector() -> None:
     """Thousands of live requests make full collections slow: measured, 6.1 µs a request and step
     became 1.6 with these thresholds. What exists by now stays anyway.
     """

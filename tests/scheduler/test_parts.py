@@ -137,14 +137,12 @@ def test_decodes_that_are_put_back_keep_their_turn():
         running.add(made)
         running.end_prefill(made)
         running.push_decode(made)
-    first_three = [running.pop_decode(guest=True) for _ in range(3)]
+    first_three = running.pop_decodes(3, guest=True)
+    assert first_three == requests[:3]
     running.put_back(first_three, guest=True)
     running.remove(requests[1])
-    assert [running.pop_decode(guest=True) for _ in range(4)] == [
-        *requests[:1],
-        *requests[2:],
-        None,
-    ]
+    assert running.pop_decodes(2, guest=True) == [requests[0], requests[2]]
+    assert running.pop_decodes(4, guest=True) == requests[3:]
 
 
 def test_the_load_of_a_step_tells_decodes_from_chunks():
