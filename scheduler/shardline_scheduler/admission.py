@@ -151,27 +151,26 @@ class Admission:
         """Hold the request against what is promised; refused or degraded, or the step time that
         suits everybody is taken over.
         """
-        ledger, request = self.ledger, arrival.request
-        verdict = self._judge.judge(ledger, arrival)
-        if verdict.delay_s > 0:
-            alone = self._judge.judge(self._nothing_promised, replace(arrival, ahead=Ahead()))
-            if alone.delay_s > 0:
+        ledger, request, judge = self.ledger, arrival.request, self._judge
+        step_s = judge.find_step_s(ledger, arrival)
+        if step_s is None:
+            on_its_own = replace(arrival, ahead=Ahead())
+            if judge.find_step_s(self._nothing_promised, on_its_own) is None:
                 return self._refuse(arrival, BudgetImpossible(request.budget, request.prediction))
-            wait_s = self._retry_after(verdict.delay_s)
+            wait_s = self._retry_after(judge.delay_s(ledger, arrival))
             return self._refuse(arrival, BudgetUnmet(request.budget, request.prediction, wait_s))
         reserve = self._tenants.reserve(request.tenant, arrival.now)
         if reserve.num_requests or reserve.prefill_share:
             careful = replace(
                 arrival, num_reserved=reserve.num_requests, reserved_share=reserve.prefill_share
             )
-            delay_s = self._judge.judge(ledger, careful).delay_s
-            if delay_s > 0:
-                wait_s = self._retry_after(delay_s)
+            if judge.find_step_s(ledger, careful) is None:
+                wait_s = self._retry_after(judge.delay_s(ledger, careful))
                 error = TenantQuotaExceeded(
                     request.tenant, request.budget, request.prediction, wait_s
                 )
                 return self._refuse(arrival, error)
-        ledger.feasible_step_s = verdict.step_s
+        ledger.feasible_step_s = step_s
 
     def _refuse(self, arrival: Arrival, error: BudgetRefused) -> None:
         if arrival.request.budget.on_miss is OnMiss.REJECT:

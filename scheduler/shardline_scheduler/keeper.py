@@ -191,8 +191,8 @@ class BudgetKeeper:
         capacity = pricing.capacity(step_s, load)
         if capacity.work <= 0:
             return 0.0
-        slack = ledger.demand.least_slack(pricing.pace(capacity, now))
-        if slack > _SLACK_STEPS * pricing.max_in_flight * step_s:
+        slack_s = _SLACK_STEPS * pricing.max_in_flight * step_s
+        if ledger.demand.is_early(pricing.pace(capacity, now), by_s=slack_s):
             return step_s
         return step_s - min(capacity.work, ledger.demand.work)
 

@@ -36,6 +36,7 @@ class Ledger:
     num_blocks: int = 0
     _shares: dict[Request, _Share] = field(default_factory=dict)
     _token_limits: Counter[float] = field(default_factory=Counter)
+    _tightest: float | None = None
     _guard_s: float = inf
     _guard_until: float = NEVER
 
@@ -52,8 +53,10 @@ class Ledger:
 
     @property
     def seconds_per_token(self) -> float:
-        """The tightest limit on the time per token."""
-        return min(self._token_limits, default=inf)
+        """The tightest limit on the time per token; sought again when nobody has it any more."""
+        if self._tightest is None:
+            self._tightest = min(self._token_limits, default=inf)
+        return self._tightest
 
     @property
     def step_s(self) -> float:
@@ -81,6 +84,8 @@ class Ledger:
         terms = request.terms
         self._add_share(request)
         self._token_limits[terms.seconds_per_token] += 1
+        if self._tightest is not None:
+            self._tightest = min(self._tightest, terms.seconds_per_token)
         if terms.first_token_by < inf:
             self.demand.put(request, place, terms.first_token_by, prefill_s)
             self._guard_s = terms.first_token_by - request.arrival_time
@@ -99,6 +104,8 @@ class Ledger:
         self._token_limits[limit] -= 1
         if not self._token_limits[limit]:
             del self._token_limits[limit]
+            if limit == self._tightest:
+                self._tightest = None
 
     def compute_again(
         self, request: Request, place: Place, prefill_of: Callable[[Request], float]
@@ -138,6 +145,7 @@ class Ledger:
         assert self.num_tokens == sum(share.num_tokens for share in shares)
         assert self.num_blocks == sum(share.num_blocks for share in shares)
         assert self._token_limits.total() == len(shares)
+        assert self.seconds_per_token == min(self._token_limits, default=inf)
         assert len(self.demand) <= len(shares)
 
     def _add_share(self, request: Request) -> None:

@@ -7,7 +7,7 @@ from math import inf
 
 from .capacity import Capacity, Pricing
 from .cost import StepLoad
-from .demand import Newcomer, Place
+from .demand import Newcomer, Pace, Place
 from .ledger import STEPS_PER_LIMIT, Ledger
 from .request import NEVER, Request
 
@@ -55,16 +55,6 @@ class Arrival:
         return Newcomer(self.place, terms.first_token_by, terms.prefill_s)
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """`step_s` is a step time with which everybody is in time; else it would fit `delay_s` later,
-    the load being as it is.
-    """
-
-    delay_s: float
-    step_s: float = inf
-
-
 class Judge:
     """Asks a ledger; one judgement is O(n) in what is promised, and changes nothing."""
 
@@ -73,16 +63,27 @@ class Judge:
         self._max_num_seqs = max_num_seqs
         self._num_blocks = num_blocks
 
-    def judge(self, ledger: Ledger, arrival: Arrival) -> Verdict:
-        """Whether the request fits beside what the ledger promises."""
-        others = max(
+    def find_step_s(self, ledger: Ledger, arrival: Arrival) -> float | None:
+        """A step time with which everybody is in time beside what the ledger promises, if any."""
+        if self._delay_of_others(ledger, arrival) > 0:
+            return None
+        has_limit, newcomer = arrival.newcomer.due < inf, arrival.newcomer
+        for pace in self._paces(ledger, arrival):
+            if ledger.demand.is_early(pace, newcomer if has_limit else None):
+                return pace.step_s
+        return None
+
+    def delay_s(self, ledger: Ledger, arrival: Arrival) -> float:
+        """How much later a request that does not fit now would, the load being as it is."""
+        delay_s = self._delay_of_others(ledger, arrival)
+        return delay_s if delay_s > 0 else self._delay_of_prefill(ledger, arrival)
+
+    def _delay_of_others(self, ledger: Ledger, arrival: Arrival) -> float:
+        return max(
             self._delay_of_seats(ledger, arrival),
             self._delay_of_decodes(ledger, arrival),
             self._delay_of_memory(ledger, arrival),
         )
-        if others > 0:
-            return Verdict(others)
-        return self._judge_prefill(ledger, arrival)
 
     def decodes_with(self, ledger: Ledger, arrival: Arrival) -> StepLoad:
         """A step's part of the decodes with the newcomer, and those that places are kept for.
@@ -145,24 +146,23 @@ class Judge:
             delay_s = _end_s(request, pace)
         return delay_s
 
-    def _judge_prefill(self, ledger: Ledger, arrival: Arrival) -> Verdict:
+    def _delay_of_prefill(self, ledger: Ledger, arrival: Arrival) -> float:
         """Until the prompt is done in time, and nobody else's is late for it."""
-        delay_s = inf
-        newcomer = arrival.newcomer
+        newcomer, demand = arrival.newcomer, ledger.demand
+        delays = [
+            demand.delay_until_fit(pace, newcomer)
+            if newcomer.due < inf
+            else demand.work / pace.share
+            for pace in self._paces(ledger, arrival)
+        ]
+        return max(min(delays), 1e-3) if delays else self._until_ended(ledger, 1)
+
+    def _paces(self, ledger: Ledger, arrival: Arrival) -> Iterator[Pace]:
+        in_flight = self._pricing.max_in_flight
         for capacity in self._capacities(ledger, arrival):
-            if capacity.work <= 0:
-                continue
-            in_flight = self._pricing.max_in_flight
-            start = arrival.now + arrival.ahead.wait_s(capacity.step_s, in_flight)
-            pace = self._pricing.pace(capacity, start)
-            has_limit = newcomer.due < inf
-            if ledger.demand.least_slack(pace, newcomer if has_limit else None) >= 0:
-                return Verdict(0.0, capacity.step_s)
-            if has_limit:
-                delay_s = min(delay_s, ledger.demand.delay_until_fit(pace, newcomer))
-            else:
-                delay_s = min(delay_s, ledger.demand.work / pace.share)
-        return Verdict(self._until_ended(ledger, 1) if delay_s == inf else max(delay_s, 1e-3))
+            if capacity.work > 0:
+                start = arrival.now + arrival.ahead.wait_s(capacity.step_s, in_flight)
+                yield self._pricing.pace(capacity, start)
 
     def _capacities(self, ledger: Ledger, arrival: Arrival) -> Iterator[Capacity]:
         """With step times worth trying: as now, the whole prompt at once, finer ones."""

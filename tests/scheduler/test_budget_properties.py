@@ -123,6 +123,9 @@ def test_the_demand_test_agrees_with_doing_the_work(
     for entry_due, entry_work in ordered:
         done += entry_work
         slack = min(slack, entry_due - pace.end_of(done))
-    assert demand.least_slack(pace, newcomer) == pytest.approx(slack, abs=1e-6) or any(
-        a[0] == due for a in entries
-    )
+    if any(entry_due == due for entry_due, _ in entries):
+        return
+    assert demand.least_slack(pace, newcomer) == pytest.approx(slack, abs=1e-6)
+    for by_s in (0.0, 0.5, slack - 1e-3, slack - 0.05):
+        assert demand.is_early(pace, newcomer, by_s=by_s) == (slack >= by_s)
+    assert not demand.is_early(pace, newcomer, by_s=slack + 1e-3)
