@@ -6,7 +6,6 @@ first and only line on standard output is an `EngineAddress`. It handles integer
 
 import gc
 import logging
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -36,6 +35,7 @@ from shardline_scheduler import (
 from shardline_scheduler.plan import StageTiming, StepResult
 from shardline_server.child import ChildExits
 from shardline_server.engine_config import EngineAddress, EngineConfig
+from shardline_server.engine_signals import Leaving, StopSignal
 from shardline_server.messages import (
     Abort,
     Delta,
@@ -73,10 +73,6 @@ _ERROR_CODES: dict[type[SchedulerError], str] = {
     BudgetUnmet: "BudgetUnmet",
     TenantQuotaExceeded: "TenantQuotaExceeded",
 }
-
-
-class Leaving(BaseException):
-    """SIGTERM has come: whatever the loop is doing does not matter any more."""
 
 
 class FrontendChannel:
@@ -384,11 +380,7 @@ def main() -> None:
         format="%(asctime)s %(levelname)s [engine] %(message)s",
         stream=sys.stderr,
     )
-    engine = Engine(config)
-    signal.signal(signal.SIGTERM, _leave)
-    address = EngineAddress(engine.frontends.address)
-    print(msgspec.json.encode(address).decode(), flush=True)
-    sys.exit(_serve(engine))
+    sys.exit(_serve(Engine(config)))
 
 
 def calm_garbage_collector() -> None:
@@ -405,29 +397,34 @@ def _jitter(seed: int) -> Callable[[], float]:
     return lambda: rng.uniform(0.0, 0.2)
 
 
-def _leave(*_: object) -> None:
-    raise Leaving
-
-
 def _serve(engine: Engine) -> int:
     """Run to the end; returns the exit status: 2 for what the operator can mend."""
+    stop_signal = StopSignal(engine.workers.hurry)
     try:
+        address = EngineAddress(engine.frontends.address)
+        print(msgspec.json.encode(address).decode(), flush=True)
         engine.start()
         engine.run()
     except Leaving:
-        if engine.is_serving:
-            engine.workers.stop()
-            engine.costs.save()
-        else:
-            engine.workers.kill()  # still loading: nobody reads a Stop
+        _leave(engine)
         return 0
     except WorkerFailed as failure:
+        stop_signal.spend()
         logger.error("%s", failure)
         engine.fail(str(failure))
         engine.workers.kill()
         return 2 if failure.is_refusal else 1
     finally:
         engine.frontends.close()
+
+
+def _leave(engine: Engine) -> None:
+    """What was learnt is kept first: whoever hurries us may lose patience."""
+    if engine.is_serving:
+        engine.costs.save()
+        engine.workers.stop()
+    else:
+        engine.workers.kill()  # still loading: nobody reads a Stop
 
 
 if __name__ == "__main__":

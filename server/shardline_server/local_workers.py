@@ -160,19 +160,22 @@ class LocalWorkers:
 
     def join(self) -> None:
         """Wait for workers that were told to stop; end those that do not. None is left then."""
-        workers = list(self._workers.values())
         if self._spare is not None:
             self._spare.process.kill()
-            workers.append(self._spare)
+            _end([self._spare])
             self._spare = None
+        _end(list(self._workers.values()))
         self._workers.clear()
-        _end(workers)
 
     def kill(self) -> None:
         """End all at once."""
+        self.hurry()
+        self.join()
+
+    def hurry(self) -> None:
+        """End all at once, without taking note of it: who waits for them has to wait no longer."""
         for worker in self._workers.values():
             worker.process.kill()
-        self.join()
 
     def _start(self, config: WorkerConfig) -> None:
         spare, self._spare = self._spare, None
