@@ -14,9 +14,11 @@ import zmq
 from shardline_scheduler.plan import SamplingParams
 from shardline_server.child import start_child_process, stop_child_processes
 from shardline_server.engine_config import EngineAddress, EngineConfig
+from shardline_server.gate import LaunchKeys
 from shardline_server.messages import (
     Abort,
     Delta,
+    Drops,
     EngineFailed,
     EngineReady,
     EngineRecovering,
@@ -28,6 +30,7 @@ from shardline_server.messages import (
     Submit,
     ToEngine,
 )
+from shardline_shards.channel import Endpoint, connect
 from shardline_shards.layout import ParallelLayout
 
 TIMEOUT_MS = 120_000
@@ -49,12 +52,12 @@ class EngineDied(Exception):
 class EngineConnection:
     """One front end's view of an engine; waits for messages, never for time."""
 
-    def __init__(self, address: str, pid: int) -> None:
+    def __init__(self, engine: Endpoint, pid: int) -> None:
         self.pid = pid
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger = 0
-        self._socket.connect(address)
+        connect(self._socket, engine)
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
         self.ready: object = None
         self.stats: EngineStats | None = None
@@ -75,12 +78,12 @@ class EngineConnection:
     def receive(self) -> EngineReady | EngineRecovering | Output:
         message: FromEngine | None = None
         deadline = time.monotonic() + TIMEOUT_MS / 1000
-        while message is None or isinstance(message, PipeStats):
+        while message is None or isinstance(message, PipeStats | Drops):
             assert time.monotonic() < deadline, "the engine says nothing of any request"
             message = self.receive_any()
         return message
 
-    def receive_any(self) -> EngineReady | EngineRecovering | Output | PipeStats:
+    def receive_any(self) -> EngineReady | EngineRecovering | Output | PipeStats | Drops:
         assert self._socket.poll(TIMEOUT_MS), "the engine says nothing"
         message = self._decoder.decode(self._socket.recv())
         if isinstance(message, EngineFailed):
@@ -122,6 +125,7 @@ def engine_config(model: Path, layout: ParallelLayout, **overrides: object) -> E
     facts = json.loads((model / "config.json").read_text())
     settings: dict[str, object] = {
         "parent_pid": os.getpid(),
+        "keys": LaunchKeys.create(),
         "host": "127.0.0.1",
         "model_path": str(model),
         "load_format": "auto",
@@ -162,7 +166,7 @@ def running_engine_of(config: EngineConfig) -> Iterator[EngineConnection]:
     process = start_child_process("shardline_server.engine", config)
     assert process.stdout is not None
     address = msgspec.json.decode(process.stdout.readline(), type=EngineAddress).address
-    connection = EngineConnection(address, process.pid)
+    connection = EngineConnection(Endpoint(address=address, keys=config.keys.client), process.pid)
     try:
         connection.ready = connection.receive()
         assert isinstance(connection.ready, EngineReady)

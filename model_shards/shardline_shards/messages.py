@@ -7,10 +7,13 @@ says `Lost`. Messages of an older generation are dropped. Results carry none: st
 counting, so a result's step tells it.
 """
 
+from collections.abc import Callable
+
 import msgspec
 from msgspec import Struct
 
 from shardline_scheduler.plan import StageTiming, StepPlan, StepResult
+from shardline_shards.channel import Endpoint
 from shardline_shards.layout import ParallelLayout, Place
 from shardline_shards.partition import LayerTimes
 
@@ -18,16 +21,16 @@ from shardline_shards.partition import LayerTimes
 class WorkerConfig(Struct, frozen=True, kw_only=True):
     """All that one worker is told when it starts; sent as JSON on its standard input.
 
-    `engine_address` is a ZMQ address. `host` is this worker's own address, where its tensors are
-    received. `kv_memory_bytes` is the most that KV memory may take on this worker (None: its part
-    of what is free), `max_kv_blocks` the most that the engine has use for. On a GPU, decodes of
-    up to `max_graph_size` requests are recorded as CUDA graphs (0: none). The last three are set
-    by whoever starts the process; `cpu_ids` pins its `num_threads` threads (empty: not pinned).
-    `generation` is the one that it starts in: 0, and one more for every time that ranks were
-    lost.
+    `engine` is where the engine listens to it. `host` is this worker's own address, where its
+    tensors are received. `kv_memory_bytes` is the most that KV memory may take on this worker
+    (None: its part of what is free), `max_kv_blocks` the most that the engine has use for. On a
+    GPU, decodes of up to `max_graph_size` requests are recorded as CUDA graphs (0: none). The last
+    three are set by whoever starts the process; `cpu_ids` pins its `num_threads` threads (empty:
+    not pinned). `generation` is the one that it starts in: 0, and one more for every time that
+    ranks were lost.
     """
 
-    engine_address: str
+    engine: Endpoint
     host: str
     layout: ParallelLayout
     place: Place
@@ -124,6 +127,10 @@ class Failed(Struct, frozen=True, array_like=True, tag=True):
     is_refusal: bool
 
 
+class Dropped(Struct, frozen=True, array_like=True, tag=True):
+    """A worker got something that it could not read."""
+
+
 class StageReport(Struct, frozen=True, array_like=True, tag=True):
     """How a stage before the last spent its time, several steps at once.
 
@@ -145,7 +152,7 @@ class Stop(Struct, frozen=True, array_like=True, tag=True):
 
 
 ToWorker = Rendezvous | Allocate | StepPlan | Reform | Stop
-FromWorker = Joined | Loaded | Ready | StepResult | StageReport | Lost | Failed
+FromWorker = Joined | Loaded | Ready | StepResult | StageReport | Lost | Failed | Dropped
 
 
 def worker_name(rank: int, born_in: int) -> bytes:
@@ -154,5 +161,5 @@ def worker_name(rank: int, born_in: int) -> bytes:
 
 
 encode = msgspec.msgpack.Encoder().encode
-decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
-decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode
+decode_to_worker: Callable[[bytes], ToWorker] = msgspec.msgpack.Decoder(ToWorker).decode
+decode_from_worker: Callable[[bytes], FromWorker] = msgspec.msgpack.Decoder(FromWorker).decode

@@ -23,6 +23,7 @@ from shardline_scheduler.plan import (
 )
 from shardline_shards.attention import KVShape, allocate_kv, select_backend
 from shardline_shards.batch import BatchBuilder, RequestTable, StepBatch
+from shardline_shards.channel import Endpoint, Unreadable, connect, read
 from shardline_shards.checkpoint import LoadReport, load_dummy, load_weights
 from shardline_shards.decode_graphs import CudaRecorder, DecodeGraphs, sizes_up_to
 from shardline_shards.distributed import Communicators, host_store
@@ -32,6 +33,7 @@ from shardline_shards.host_memory import available_memory
 from shardline_shards.ledger import Ledger, Operation
 from shardline_shards.messages import (
     Allocate,
+    Dropped,
     Failed,
     FromWorker,
     Joined,
@@ -59,11 +61,11 @@ logger = logging.getLogger("shardline.worker")
 class EngineChannel:
     """The worker's end of the control channel."""
 
-    def __init__(self, address: str, name: bytes) -> None:
+    def __init__(self, engine: Endpoint, name: bytes) -> None:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, name)
         self._socket.setsockopt(zmq.LINGER, 1000)
-        self._socket.connect(address)
+        connect(self._socket, engine)
         self.checksum = 0
 
     def send(self, message: FromWorker) -> None:
@@ -75,11 +77,20 @@ class EngineChannel:
         return bool(self._socket.poll(within_ms))
 
     def receive(self) -> ToWorker:
-        """Wait for the engine's next message; `checksum` is of its bytes, the same to all ranks."""
-        payload = self._socket.recv()
-        self.checksum = crc32(payload)
-        message: ToWorker = decode_to_worker(payload)
-        return message
+        """Wait for the engine's next message; `checksum` is of its bytes, the same to all ranks.
+
+        What cannot be read is dropped, and the engine told so.
+        """
+        while True:
+            frames = self._socket.recv_multipart()
+            try:
+                message = read(decode_to_worker, frames)
+            except Unreadable as error:
+                logger.warning("dropped what the engine sent: %s", error)
+                self.send(Dropped())
+                continue
+            self.checksum = crc32(frames[0])
+            return message
 
     def close(self) -> None:
         """Send what is queued, then leave."""
@@ -96,9 +107,7 @@ class Worker:
         self.rank = config.layout.rank(config.place)
         self.device = _device(config)
         self.generation = config.generation
-        self.channel = EngineChannel(
-            config.engine_address, worker_name(self.rank, config.generation)
-        )
+        self.channel = EngineChannel(config.engine, worker_name(self.rank, config.generation))
         self.communicators = Communicators(
             config.layout, config.place, config.host, self.device, ledger
         )

@@ -36,10 +36,12 @@ from shardline_scheduler.plan import StageTiming, StepResult
 from shardline_server.child import ChildExits
 from shardline_server.engine_config import EngineAddress, EngineConfig
 from shardline_server.engine_signals import Leaving, StopSignal
+from shardline_server.gate import Gate, Listener
 from shardline_server.messages import (
     Abort,
     Delta,
     Drain,
+    Drops,
     EngineFailed,
     EngineReady,
     EngineRecovering,
@@ -76,28 +78,31 @@ _ERROR_CODES: dict[type[SchedulerError], str] = {
 
 
 class FrontendChannel:
-    """The engine's end of the sockets to its front ends."""
+    """The engine's end of the channel to its front ends."""
 
-    def __init__(self, host: str) -> None:
-        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
-        self.socket.set_hwm(0)
-        self.socket.bind(f"tcp://{host}:*")
-        self.address: str = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+    def __init__(self, gate: Gate, host: str) -> None:
+        decode: Callable[[bytes], ToEngine] = msgspec.msgpack.Decoder(ToEngine).decode
+        self._listener = Listener(gate, host, decode)
+        self.socket = self._listener.socket
+        self.address = self._listener.endpoint.address
         self.frontends: set[bytes] = set()
         self._encode = msgspec.msgpack.Encoder().encode
-        self._decode = msgspec.msgpack.Decoder(ToEngine).decode
 
     def receive(self) -> tuple[bytes, ToEngine] | None:
         """The next message and who sent it, if one is there."""
-        if not self.socket.poll(0):
-            return None
-        frontend, payload = self.socket.recv_multipart()
-        self.frontends.add(frontend)
-        return frontend, self._decode(payload)
+        received = self._listener.receive()
+        if received is not None:
+            self.frontends.add(received[0])
+        return received
+
+    @property
+    def num_dropped(self) -> int:
+        """Messages that could not be read, and strangers."""
+        return self._listener.num_dropped
 
     def send(self, frontend: bytes, message: FromEngine) -> None:
         """Queue a message for a front end."""
-        self.socket.send_multipart([frontend, self._encode(message)])
+        self._listener.send(frontend, self._encode(message))
 
     def send_all(self, message: FromEngine) -> None:
         """Queue a message for every front end."""
@@ -106,7 +111,7 @@ class FrontendChannel:
 
     def close(self) -> None:
         """Send what is queued, for a second at most, then leave."""
-        self.socket.close(linger=1000)
+        self._listener.close(linger_ms=1000)
 
 
 @dataclass(slots=True)
@@ -139,8 +144,9 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        self.frontends = FrontendChannel(config.host)
-        self.workers = WorkerGroup(config)
+        self._gate = Gate(config.keys)
+        self.frontends = FrontendChannel(self._gate, config.host)
+        self.workers = WorkerGroup(config, self._gate)
         self._recovery = Recovery(self.workers)
         self._exits = ChildExits()
         self._names = RequestNames()
@@ -148,6 +154,7 @@ class Engine:
         self._has_news = False
         self._is_idle_and_checked = False
         self._is_leaving = False
+        self._drops = Drops({})
         self.timing_listeners: list[TimingListener] = []
         self.is_serving = False
 
@@ -216,6 +223,11 @@ class Engine:
             pass
         self.frontends.send_all(EngineFailed(reason))
 
+    def close(self) -> None:
+        """After the workers have left: say what is still to be said."""
+        self.frontends.close()
+        self._gate.close()
+
     def _look_around(self) -> None:
         """Now and then: are all workers alive, and is every block accounted for when idle?"""
         self._exits.clear()
@@ -224,6 +236,7 @@ class Engine:
         now = time.monotonic()
         pipe_stats = self.pipe.stats(now)
         self.frontends.send_all(pipe_stats)
+        self._tell_drops()
         if self._stage_watch is not None:
             self._stage_watch.look(pipe_stats)
         if self.config.keeps_spare and now >= self._spare_due:
@@ -231,6 +244,12 @@ class Engine:
         if not self.scheduler.has_work and not self._is_idle_and_checked:
             self.scheduler.check()
             self._is_idle_and_checked = True
+
+    def _tell_drops(self) -> None:
+        channels = {"frontend": self.frontends.num_dropped, **self.workers.num_dropped()}
+        if channels != self._drops.by_channel:
+            self._drops = Drops(channels)
+            self.frontends.send_all(self._drops)
 
     def _recover(self, loss: WorkerLost) -> None:
         """Bring the workers back, and let everybody compute again what he has."""
@@ -254,6 +273,7 @@ class Engine:
             match message:
                 case Hello():
                     self.frontends.send(frontend, self._ready)
+                    self.frontends.send(frontend, self._drops)
                 case Submit():
                     self._is_idle_and_checked = False
                     self._admit(frontend, message)
@@ -415,7 +435,7 @@ def _serve(engine: Engine) -> int:
         engine.workers.kill()
         return 2 if failure.is_refusal else 1
     finally:
-        engine.frontends.close()
+        engine.close()
 
 
 def _leave(engine: Engine) -> None:

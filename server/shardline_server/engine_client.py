@@ -19,6 +19,7 @@ from shardline_server.messages import (
     Abort,
     Delta,
     Drain,
+    Drops,
     EngineFailed,
     EngineReady,
     EngineRecovering,
@@ -32,6 +33,7 @@ from shardline_server.messages import (
     Submit,
     ToEngine,
 )
+from shardline_shards.channel import Endpoint, Unreadable, connect, read
 
 logger = logging.getLogger("shardline.frontend")
 
@@ -111,11 +113,11 @@ class DeltaStream:
 class EngineClient:
     """One connection to one engine, with any number of open requests."""
 
-    def __init__(self, address: str, *, max_unread_pieces: int) -> None:
-        self._address = address
+    def __init__(self, engine: Endpoint, *, max_unread_pieces: int) -> None:
+        self._engine = engine
         self._max_unread = max_unread_pieces
         self._streams: dict[str, DeltaStream] = {}
-        self._decoder = msgspec.msgpack.Decoder(FromEngine)
+        self._decode: Callable[[bytes], FromEngine] = msgspec.msgpack.Decoder(FromEngine).decode
         self._answered = asyncio.Event()
         self._failed = asyncio.Event()
         self._changed = asyncio.Event()
@@ -126,6 +128,8 @@ class EngineClient:
         self.failure: str | None = None
         self.stats: EngineStats | None = None
         self.pipe: PipeStats | None = None
+        self._drops = Drops({})
+        self._num_dropped = 0
 
     @property
     def is_healthy(self) -> bool:
@@ -136,6 +140,12 @@ class EngineClient:
     def is_serving(self) -> bool:
         """Whether the engine takes requests now."""
         return self.is_healthy and self.ready is not None and not self.is_recovering
+
+    @property
+    def drops(self) -> dict[str, int]:
+        """What either side of an internal channel has dropped, by channel."""
+        channels = self._drops.by_channel
+        return channels | {"frontend": channels.get("frontend", 0) + self._num_dropped}
 
     @property
     def num_open_requests(self) -> int:
@@ -161,10 +171,10 @@ class EngineClient:
         message = f"The engine was lost and is being replaced: {reason}. Send the request again."
         self._end_streams(message, NotServing.retry_after_s)
 
-    async def reconnect(self, address: str) -> None:
+    async def reconnect(self, engine: Endpoint) -> None:
         """To the engine that has taken the place of a lost one."""
         await self._disconnect()
-        self._address = address
+        self._engine = engine
         self._connect()
 
     def drain(self, grace_s: float) -> None:
@@ -175,7 +185,7 @@ class EngineClient:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.set_hwm(0)
         self._socket.linger = 0
-        self._socket.connect(self._address)
+        connect(self._socket, self._engine)
         self._send(Hello())
         self._reader = asyncio.create_task(self._read())
 
@@ -264,12 +274,29 @@ class EngineClient:
 
     async def _read(self) -> None:
         while True:
-            payload = await self._socket.recv()
+            frames = await self._socket.recv_multipart()
             try:
-                self._receive(self._decoder.decode(payload))
+                message = read(self._decode, frames)
+            except Unreadable as error:
+                self._drop(str(error))
+                continue
+            try:
+                self._receive(message)
             except Exception as error:
-                logger.exception("Cannot read what the engine sent")
-                self.fail(f"it sent a message that cannot be read ({error})")
+                logger.exception("Cannot go on with what the engine sent")
+                self.fail(f"it sent a message that makes no sense ({error})")
+
+    def _drop(self, reason: str) -> None:
+        """Whose answer a message was part of cannot be known: no open stream can be whole now."""
+        logger.error("dropped what the engine sent, and ended all requests: %s", reason)
+        self._num_dropped += 1
+        request_ids = list(self._streams)
+        self._end_streams(
+            "A part of the answer was lost inside the server. Send the request again.",
+            NotServing.retry_after_s,
+        )
+        for request_id in request_ids:
+            self._send(Abort(request_id))
 
     def _receive(self, message: FromEngine) -> None:
         match message:
@@ -279,6 +306,8 @@ class EngineClient:
                     self._route(delta)
             case PipeStats():
                 self.pipe = message
+            case Drops():
+                self._drops = message
             case EngineReady():
                 self.ready = message
                 self.is_recovering = False

@@ -3,6 +3,7 @@
 from msgspec import Struct
 
 from shardline_scheduler import SchedulerConfig
+from shardline_server.gate import LaunchKeys
 from shardline_shards.layout import ParallelLayout
 from shardline_shards.partition import LayerTimes
 
@@ -49,10 +50,11 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     `kv_memory_bytes` (per worker) and `num_kv_blocks` means: as much as is free; for
     `threads_per_worker`: the node's cores, dealt out; for `layer_times`: nothing is known
     of what layers take. For `measure_s` seconds step times are measured before the first request,
-    and kept in `cache_dir`.
+    and kept in `cache_dir`. `keys` open every channel between the processes of this launch.
     """
 
     parent_pid: int
+    keys: LaunchKeys
     host: str
     model_path: str
     load_format: str

@@ -10,12 +10,14 @@ import msgspec
 from shardline_server.child import start_child_process, stop_child_processes
 from shardline_server.engine_config import EngineAddress, EngineConfig
 from shardline_server.errors import ConfigError
+from shardline_server.gate import LaunchKeys
 from shardline_server.layer_profile import find_layer_times
 from shardline_server.model_facts import ModelFacts, read_model_facts
 from shardline_server.node_capacity import count_gpus
 from shardline_server.node_launchers import Launch
 from shardline_server.node_plan import plan_head
 from shardline_server.settings import ServeSettings
+from shardline_shards.channel import Endpoint
 from shardline_shards.layout import ParallelLayout, check_stages, even_stages
 from shardline_shards.partition import LayerTimes, cut_stages
 
@@ -68,6 +70,7 @@ def plan_engine(
     layout = plan_layout(settings, facts, times)
     return EngineConfig(
         parent_pid=os.getpid(),
+        keys=LaunchKeys.create(),
         host=host,
         model_path=str(model_path),
         load_format=settings.load_format,
@@ -132,16 +135,18 @@ class EngineProcess:
     """The engine as a child of this process."""
 
     def __init__(self, config: EngineConfig) -> None:
+        self._keys = config.keys.client
         self._process = start_child_process("shardline_server.engine", config)
         self.pid = self._process.pid
 
-    def read_address(self) -> str:
-        """Wait for the engine's address; raises ConfigError if it ends instead."""
+    def read_endpoint(self) -> Endpoint:
+        """Wait until the engine says where it listens; raises ConfigError if it ends instead."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             raise ConfigError("the engine process ended before it said where it is; see its log")
-        return msgspec.json.decode(line, type=EngineAddress).address
+        address = msgspec.json.decode(line, type=EngineAddress).address
+        return Endpoint(address=address, keys=self._keys)
 
     def wait(self) -> int:
         """Wait for the engine's end; returns its exit status."""

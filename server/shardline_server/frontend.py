@@ -22,6 +22,7 @@ from shardline_server.http_api.server import HttpServer
 from shardline_server.messages import EngineReady
 from shardline_server.metrics import Metrics
 from shardline_server.served_model import load_model_files
+from shardline_shards.channel import Endpoint
 
 logger = logging.getLogger("shardline.frontend")
 
@@ -39,7 +40,7 @@ class FrontendConfig:
     host: str
     http_port: int
     grpc_port: int
-    engine_address: str
+    engine: Endpoint
     model_path: Path
     served_model_names: tuple[str, ...]
     default_max_tokens: int = 512
@@ -82,9 +83,7 @@ class Frontend:
     def __init__(self, config: FrontendConfig) -> None:
         self.config = config
         limits = config.door.limits
-        self.engine = EngineClient(
-            config.engine_address, max_unread_pieces=limits.max_unread_pieces
-        )
+        self.engine = EngineClient(config.engine, max_unread_pieces=limits.max_unread_pieces)
         metrics = Metrics(config.served_model_names[0], self.engine)
         self.service = GenerationService(
             self.engine,
@@ -160,9 +159,9 @@ class Frontend:
         """The engine has died and another one is coming: open streams end with an error."""
         self.engine.lose(reason)
 
-    async def reconnect(self, engine_address: str) -> None:
+    async def reconnect(self, engine: Endpoint) -> None:
         """To the engine that has come; requests are taken again when it is ready."""
-        await self.engine.reconnect(engine_address)
+        await self.engine.reconnect(engine)
 
     async def drain(self, grace_s: float) -> None:
         """Refuse what comes, and give what runs `grace_s`; the doors stay open to say so.

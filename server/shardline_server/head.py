@@ -6,6 +6,7 @@ from pathlib import Path
 
 from shardline_server.engine_config import EngineConfig, NodesConfig
 from shardline_server.errors import ConfigError
+from shardline_server.gate import Gate
 from shardline_server.node_capacity import own_capacity
 from shardline_server.node_watch import NodeWatch
 from shardline_server.placement import Capacity, Placement
@@ -27,10 +28,10 @@ logger = logging.getLogger("shardline.engine")
 class Head:
     """Gathers the nodes of a launch and deals workers to them, node by node."""
 
-    def __init__(self, config: EngineConfig, nodes: NodesConfig) -> None:
+    def __init__(self, config: EngineConfig, nodes: NodesConfig, gate: Gate) -> None:
         self._config = config
         self._nodes = nodes
-        self.watch = NodeWatch(config.host)
+        self.watch = NodeWatch(gate, config.host)
         self._board: NoteBoard | None = None
         self._come: list[NodeFacts] = []
 
@@ -118,5 +119,5 @@ class Head:
         return Assignment(
             workers=workers,
             threads_per_worker=self._config.threads_per_worker,
-            watch_address=self.watch.address,
+            watch=self.watch.endpoint,
         )

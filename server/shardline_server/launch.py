@@ -43,7 +43,7 @@ def serve(settings: ServeSettings) -> int:
     )
     config = plan_engine(settings, model_path, launch)
     if config.nodes is not None:
-        print(_waiting_line(config.nodes), flush=True)
+        print(_waiting_line(config.nodes, is_secret_known=settings.secret is not None), flush=True)
     supervisor = Supervisor(config)
     try:
         return asyncio.run(_serve(settings, model_path, supervisor))
@@ -58,7 +58,7 @@ async def _serve(settings: ServeSettings, model_path: Path, supervisor: Supervis
             host=settings.host,
             http_port=settings.port,
             grpc_port=settings.grpc_port,
-            engine_address=await supervisor.read_address(),
+            engine=await supervisor.read_endpoint(),
             model_path=model_path,
             served_model_names=(settings.model_name,),
             default_max_tokens=settings.default_max_tokens,
@@ -100,14 +100,16 @@ async def _announce(frontend: Frontend, addresses: Addresses, settings: ServeSet
     print(_banner(addresses, settings), flush=True)
 
 
-def _waiting_line(nodes: NodesConfig) -> str:
+def _waiting_line(nodes: NodesConfig, *, is_secret_known: bool) -> str:
+    """What to type on the other nodes; a secret that the operator has chosen is not shown."""
     waiting = f"Waiting for {nodes.num_nodes - 1} more node(s)"
     if nodes.launcher is not None:
         return f"{waiting} that {nodes.launcher} has started."
+    secret = '"$SHARDLINE_SECRET"' if is_secret_known else nodes.secret
     return f"""
 {waiting}. On each of them:
 
-  SHARDLINE_SECRET={nodes.secret} shardline worker --join {nodes.board}
+  SHARDLINE_SECRET={secret} shardline worker --join {nodes.board}
 """
 
 

@@ -144,5 +144,11 @@ class EngineFailed(Struct, frozen=True, tag=True):
     reason: str
 
 
+class Drops(Struct, frozen=True, tag=True):
+    """What was dropped since the engine's start, by channel: what could not be read, strangers."""
+
+    by_channel: dict[str, int]
+
+
 ToEngine = Hello | Submit | Abort | Drain
-FromEngine = Output | PipeStats | EngineReady | EngineRecovering | EngineFailed
+FromEngine = Output | PipeStats | EngineReady | EngineRecovering | EngineFailed | Drops

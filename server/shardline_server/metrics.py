@@ -75,6 +75,7 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Called by Prometheus' registry at each scrape."""
+        yield _dropped(self._model_name, self._engine.drops)
         stats = self._engine.stats
         if stats is None:
             return
@@ -95,6 +96,17 @@ class EngineCollector(Collector):
         yield losses
         if self._engine.pipe is not None:
             yield from _pipe_metrics(self._model_name, self._engine.pipe)
+
+
+def _dropped(model_name: str, drops: dict[str, int]) -> Metric:
+    total = CounterMetricFamily(
+        "shardline:internal_messages_dropped",
+        "Messages between our own processes that could not be read, and connections of strangers.",
+        labels=["model_name", "channel"],
+    )
+    for channel, count in drops.items():
+        total.add_metric([model_name, channel], count)
+    return total
 
 
 def _gauges(stats: EngineStats) -> dict[str, tuple[str, float]]:

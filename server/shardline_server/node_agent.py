@@ -76,7 +76,8 @@ def _raise_leave(*_: object) -> None:
 def _run(settings: NodeSettings, workers: LocalWorkers) -> int:
     name, assignment = _join(settings)
     workers.start(assignment.workers, assignment.threads_per_worker)
-    head = HeadWatch(assignment.watch_address, name)
+    assert assignment.watch is not None
+    head = HeadWatch(assignment.watch, name)
     places = ", ".join(str(config.place) for config in assignment.workers)
     logger.info("joined as %s; runs %s", name, places)
     exits = ChildExits()

@@ -3,26 +3,32 @@
 What a network cut would leave hanging for minutes is noticed here within seconds.
 """
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 import zmq
 from msgspec import Struct
 
 from shardline_server.child import ChildExits
+from shardline_server.gate import Gate, Listener
 from shardline_server.local_workers import Death, WorkerState
+from shardline_shards.channel import Endpoint, Unreadable, connect, read
 from shardline_shards.layout import Place
 from shardline_shards.ledger import Entry
+
+logger = logging.getLogger("shardline.node")
 
 SILENCE_LIMIT_S = 3.0
 BEAT_INTERVAL_S = 0.5
 
 
 class Beat(Struct, frozen=True, tag=True):
-    """A node is there, and so are its workers."""
+    """A node is there, and so are its workers; `num_dropped` messages it could not read."""
 
     workers: list[WorkerState] = []
+    num_dropped: int = 0
 
 
 class Answer(Struct, frozen=True, tag=True):
@@ -40,15 +46,20 @@ class Answer(Struct, frozen=True, tag=True):
 class NodeWatch:
     """The head's side. Nodes are known by the names that they joined with."""
 
-    def __init__(self, host: str) -> None:
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
-        self._socket.bind(f"tcp://{host}:*")
-        self.address: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+    def __init__(self, gate: Gate, host: str) -> None:
+        decode: Callable[[bytes], Beat] = msgspec.msgpack.Decoder(Beat).decode
+        self._listener = Listener(gate, host, decode)
+        self.endpoint = self._listener.endpoint
         self._heard: dict[str, float] = {}
         self._states: dict[Place, tuple[str, WorkerState]] = {}
         self._restarted: dict[Place, int] = {}
+        self._dropped_by: dict[str, int] = {}
         self.keeps_spare = False
-        self._decode = msgspec.msgpack.Decoder(Beat).decode
+
+    @property
+    def num_dropped(self) -> int:
+        """Messages that could not be read, here and by the nodes, and strangers."""
+        return self._listener.num_dropped + sum(self._dropped_by.values())
 
     def expect(self, names: list[str]) -> None:
         """From now on these nodes must be heard."""
@@ -56,12 +67,12 @@ class NodeWatch:
 
     def find_failure(self) -> str | None:
         """Answer the beats that have come; whether a node has fallen silent."""
-        while self._socket.poll(0):
-            identity, payload = self._socket.recv_multipart()
-            beat = self._decode(payload)
-            name = identity.decode()
+        while (received := self._listener.receive()) is not None:
+            identity, beat = received
+            name = identity.decode(errors="replace")
             if name in self._heard:
                 self._heard[name] = time.monotonic()
+                self._dropped_by[name] = beat.num_dropped
                 self._states |= {state.place: (name, state) for state in beat.workers}
                 self._send(name, self._answer())
         return self._find_silent()
@@ -104,7 +115,7 @@ class NodeWatch:
         """Tell every node to leave."""
         for name in self._heard:
             self._send(name, Answer(leave=True))
-        self._socket.close(linger=1000)
+        self._listener.close(linger_ms=1000)
 
     def _find_silent(self) -> str | None:
         for name, heard in self._heard.items():
@@ -114,19 +125,20 @@ class NodeWatch:
         return None
 
     def _send(self, name: str, answer: Answer) -> None:
-        self._socket.send_multipart([name.encode(), msgspec.msgpack.encode(answer)])
+        self._listener.send(name.encode(), msgspec.msgpack.encode(answer))
 
 
 class HeadWatch:
     """A node's side."""
 
-    def __init__(self, address: str, name: str) -> None:
+    def __init__(self, head: Endpoint, name: str) -> None:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, name.encode())
-        self._socket.connect(address)
-        self._decode = msgspec.msgpack.Decoder(Answer).decode
+        connect(self._socket, head)
+        self._decode: Callable[[bytes], Answer] = msgspec.msgpack.Decoder(Answer).decode
         self._heard = time.monotonic()
         self.answer = Answer()
+        self._num_dropped = 0
 
     @property
     def silence_s(self) -> float:
@@ -137,7 +149,7 @@ class HeadWatch:
         """Say how we are, and wait out the interval; less if a worker ends, or if the head's last
         `answer` is news.
         """
-        self._socket.send(msgspec.msgpack.encode(Beat(workers)))
+        self._socket.send(msgspec.msgpack.encode(Beat(workers, self._num_dropped)))
         end = time.monotonic() + BEAT_INTERVAL_S
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
@@ -146,11 +158,19 @@ class HeadWatch:
         while self.answer == before:
             ready = dict(poller.poll(max(0, int((end - time.monotonic()) * 1000))))
             if self._socket in ready:
-                self._heard = time.monotonic()
-                self.answer = self._decode(self._socket.recv())
+                self._receive()
             elif not ready or exits.fileno() in ready:
                 break
         exits.clear()
+
+    def _receive(self) -> None:
+        try:
+            self.answer = read(self._decode, self._socket.recv_multipart())
+        except Unreadable as error:
+            self._num_dropped += 1
+            logger.warning("dropped what the head sent: %s", error)
+        else:
+            self._heard = time.monotonic()
 
     def close(self) -> None:
         """Send what is queued, for a second at most."""

@@ -1,11 +1,11 @@
-"""How nodes find the head: a store at the head's address, and signed notes in it.
+"""How nodes find the head: a store at the head's address, and sealed notes in it.
 
-The head writes a `Job`; each other node answers with its `NodeFacts`, and gets an `Assignment`.
-Every note carries an HMAC under the launch's secret, so a stranger can neither join nor mislead.
+The head writes a `Job`; each other node answers with its `NodeFacts`, and gets an `Assignment`,
+which holds the keys to all other channels. Notes are encrypted and authenticated under the launch's
+secret, so a stranger can neither join nor mislead, nor read them.
 """
 
 import hashlib
-import hmac
 import os
 import platform
 import socket
@@ -17,11 +17,14 @@ from importlib import metadata
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from msgspec import Struct
 
 from shardline_server.engine_config import BoardAddress
 from shardline_server.errors import ConfigError
 from shardline_server.placement import Capacity
+from shardline_shards.channel import Endpoint
 from shardline_shards.messages import WorkerConfig
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 _Note = TypeVar("_Note", bound=Struct)
 _SLICE_S = 1.0
 _NUM_PINGS = 10
+_NONCE_BYTES = 12
 _NUM_ENDS = 2  # the store wants a number, and does not wait for it
 
 
@@ -64,20 +68,20 @@ class Assignment(Struct, frozen=True, kw_only=True):
     refusal: str | None = None
     workers: list[WorkerConfig] = []
     threads_per_worker: int | None = None
-    watch_address: str = ""
+    watch: Endpoint | None = None
 
 
 class NoteBoard:
-    """Signed notes in the store of a rendezvous."""
+    """Sealed notes in the store of a rendezvous."""
 
     def __init__(self, store: "Store", secret: str) -> None:
         self._store = store
-        self._secret = secret.encode()
+        self._cipher = AESGCM(_derive_key(secret))
 
     def put(self, key: str, note: Struct) -> None:
         """Write a note."""
-        payload = msgspec.msgpack.encode(note)
-        content = self._sign(key, payload) + payload
+        nonce = os.urandom(_NONCE_BYTES)
+        content = nonce + self._cipher.encrypt(nonce, msgspec.msgpack.encode(note), key.encode())
         self._store.set(key, content)  # type: ignore[arg-type]  # bytes go as well
 
     def take(
@@ -85,16 +89,16 @@ class NoteBoard:
     ) -> _Note:
         """Wait for a note until `deadline` on the monotonic clock.
 
-        Raises ConfigError: `missing()` if it does not come, or that the secrets differ.
+        Raises ConfigError: `missing()` if it does not come, or that it cannot be opened or read.
         """
         while not self._is_there(key):
             if time.monotonic() >= deadline:
                 raise ConfigError(missing())
-        content = bytes(self._store.get(key))
-        signature, payload = content[:32], content[32:]
-        if not hmac.compare_digest(signature, self._sign(key, payload)):
-            raise ConfigError("the secrets of head and node differ; give both the same one")
-        return msgspec.msgpack.decode(payload, type=kind)
+        payload = self._open(key, bytes(self._store.get(key)))
+        try:
+            return msgspec.msgpack.decode(payload, type=kind)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"another version of Shardline wrote the note {key}") from error
 
     def draw_number(self) -> int:
         """This node's number: 1 for the first that asks."""
@@ -119,8 +123,20 @@ class NoteBoard:
             raise ConfigError(f"the head has gone: {str(error).splitlines()[0]}") from error
         return True
 
-    def _sign(self, key: str, payload: bytes) -> bytes:
-        return hmac.new(self._secret, key.encode() + b"\0" + payload, hashlib.sha256).digest()
+    def _open(self, key: str, content: bytes) -> bytes:
+        nonce, sealed = content[:_NONCE_BYTES], content[_NONCE_BYTES:]
+        try:
+            return self._cipher.decrypt(nonce, sealed, key.encode())
+        except (InvalidTag, ValueError) as error:
+            raise ConfigError(
+                "the secrets of head and node differ; give both the same one"
+            ) from error
+
+
+def _derive_key(secret: str) -> bytes:
+    """Slow on purpose (about 50 ms): an operator's secret may be one that can be guessed."""
+    salt = b"shardline rendezvous"
+    return hashlib.scrypt(secret.encode(), salt=salt, n=2**14, r=8, p=1, dklen=32)
 
 
 def open_board(address: BoardAddress, secret: str) -> NoteBoard:

@@ -11,6 +11,7 @@ from shardline_server.engine_config import EngineConfig
 from shardline_server.engine_launch import EngineProcess
 from shardline_server.errors import ConfigError
 from shardline_server.frontend import Frontend
+from shardline_shards.channel import Endpoint
 
 logger = logging.getLogger("shardline")
 
@@ -27,9 +28,9 @@ class Supervisor:
         self._engine = EngineProcess(config)
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
 
-    async def read_address(self) -> str:
+    async def read_endpoint(self) -> Endpoint:
         """Where the first engine is. Raises ConfigError if it ends instead."""
-        return await asyncio.to_thread(self._engine.read_address)
+        return await asyncio.to_thread(self._engine.read_endpoint)
 
     async def watch(self, frontend: Frontend) -> str:
         """Replace engines that die, until it is hopeless; returns why.
@@ -50,7 +51,7 @@ class Supervisor:
             frontend.lose(reason)
             self._engine = EngineProcess(self._config)
             try:
-                await frontend.reconnect(await self.read_address())
+                await frontend.reconnect(await self.read_endpoint())
             except ConfigError as error:
                 frontend.fail(f"{reason}, and the next one did not start: {error}")
 

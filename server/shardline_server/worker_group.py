@@ -5,12 +5,12 @@ import time
 from collections.abc import Iterator, Sequence
 
 import msgspec
-import zmq
 
 from shardline_scheduler.plan import StepPlan, StepResult
 from shardline_server.engine_config import EngineConfig
 from shardline_server.errors import ConfigError
 from shardline_server.forming_watch import FormingWatch
+from shardline_server.gate import Gate, Listener
 from shardline_server.head import Head
 from shardline_server.local_workers import Death
 from shardline_server.step_watch import StepWatch, find_divergence, find_stuck
@@ -19,6 +19,7 @@ from shardline_server.workforce import Workforce
 from shardline_shards.layout import Place
 from shardline_shards.messages import (
     Allocate,
+    Dropped,
     Failed,
     FromWorker,
     Joined,
@@ -71,14 +72,12 @@ class WorkerGroup:
     was re-formed with new ones. Messages from before that are dropped.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, gate: Gate) -> None:
         self.config = config
         self.generation = 0
-        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
-        self.socket.set_hwm(0)
-        self.socket.bind(f"tcp://{config.host}:*")
-        self._address: str = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._head = None if config.nodes is None else Head(config, config.nodes)
+        self._listener = Listener(gate, config.host, decode_from_worker)
+        self.socket = self._listener.socket
+        self._head = None if config.nodes is None else Head(config, config.nodes, gate)
         self._workforce = Workforce(None if self._head is None else self._head.watch)
         self._ranks = range(config.layout.world_size)
         self._names = [worker_name(rank, 0) for rank in self._ranks]
@@ -89,6 +88,7 @@ class WorkerGroup:
         self._first_step_id: int | None = None
         self._forming = FormingWatch((), time.monotonic())
         self._steps = StepWatch()
+        self._num_dropped_by_workers = 0
 
     def start(self) -> int:
         """Start every worker and wait until all are ready; returns the number of KV blocks.
@@ -129,8 +129,8 @@ class WorkerGroup:
 
     def results(self) -> Iterator[StepResult | StageReport]:
         """What has arrived; raises WorkerLost if a worker says that it fails."""
-        while self.socket.poll(0):
-            message = self._receive()
+        while (received := self._listener.receive()) is not None:
+            message = self._accept(*received)
             if isinstance(message, StepResult | StageReport) and self._is_current(message):
                 if isinstance(message, StepResult):
                     self._arrive(message.step_id)
@@ -156,6 +156,13 @@ class WorkerGroup:
             self._raise_last_words()
             raise self._loss(deaths)
 
+    def num_dropped(self) -> dict[str, int]:
+        """What either side of a channel has dropped since the start, by channel."""
+        drops = {"worker": self._listener.num_dropped + self._num_dropped_by_workers}
+        if self._head is not None:
+            drops["node"] = self._head.watch.num_dropped
+        return drops
+
     def keep_spare(self) -> None:
         """See that on every node a process is ready to take the place of a worker."""
         self._workforce.keep_spare()
@@ -164,7 +171,7 @@ class WorkerGroup:
         """Tell all workers to leave, and see that they do."""
         self._send_all(Stop())
         self._workforce.join()
-        self.socket.close(linger=0)
+        self._listener.close(linger_ms=0)
 
     def hurry(self) -> None:
         """End this node's workers at once, whoever waits for them; may be called by a signal."""
@@ -173,7 +180,7 @@ class WorkerGroup:
     def kill(self) -> None:
         """End all workers at once."""
         self._workforce.kill()
-        self.socket.close(linger=0)
+        self._listener.close(linger_ms=0)
 
     def _place(self) -> list[WorkerConfig]:
         """This node's workers, after every node got its own; layers go where memory is."""
@@ -190,7 +197,7 @@ class WorkerGroup:
         """What a worker is told; the node that starts it fills in its cores and memory."""
         config = self.config
         return WorkerConfig(
-            engine_address=self._address,
+            engine=self._listener.endpoint,
             host=config.host,
             layout=config.layout,
             place=place,
@@ -210,8 +217,9 @@ class WorkerGroup:
     def _bring_together(self) -> None:
         """Until all workers are ready; each goes through its messages as fast as it can."""
         while len(self._ready) < len(self._ranks):
-            if self.socket.poll(_CHECK_INTERVAL_MS):
-                self._go_on_with(self._receive())
+            self.socket.poll(_CHECK_INTERVAL_MS)
+            if (received := self._listener.receive()) is not None:
+                self._go_on_with(self._accept(*received))
             self.check()
             self._check_forming()
 
@@ -293,10 +301,11 @@ class WorkerGroup:
         first = message.timings[0] if isinstance(message, StageReport) else message
         return self._first_step_id is not None and first.step_id >= self._first_step_id
 
-    def _receive(self) -> FromWorker | None:
-        """The next message; None instead of what comes too late. Raises WorkerLost."""
-        name, payload = self.socket.recv_multipart()
-        message: FromWorker = decode_from_worker(payload)
+    def _accept(self, name: bytes, message: FromWorker) -> FromWorker | None:
+        """A message that has come; None instead of one that is too late. Raises WorkerLost."""
+        if isinstance(message, Dropped):
+            self._num_dropped_by_workers += 1
+            return None
         if name not in self._names:
             return None
         if isinstance(message, Failed):
@@ -331,13 +340,13 @@ class WorkerGroup:
 
     def _raise_last_words(self) -> None:
         """A worker that fails says so before it ends; prefer its reason to its exit status."""
-        while self.socket.poll(0):
-            self._receive()
+        while (received := self._listener.receive()) is not None:
+            self._accept(*received)
 
     def _send(self, rank: int, message: ToWorker) -> None:
-        self.socket.send_multipart([self._names[rank], encode(message)])
+        self._listener.send(self._names[rank], encode(message))
 
     def _send_all(self, message: ToWorker) -> None:
         payload = encode(message)
         for name in self._names:
-            self.socket.send_multipart([name, payload])
+            self._listener.send(name, payload)

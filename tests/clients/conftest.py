@@ -94,7 +94,7 @@ def peer() -> Iterator[EnginePeer]:
 @pytest.fixture
 def frontend(peer: EnginePeer, tokenizer_folder: Path) -> Iterator[RunningFrontend]:
     with running_frontend(
-        peer.address, tokenizer_folder, door=DoorConfig(api_keys=("right",))
+        peer.endpoint, tokenizer_folder, door=DoorConfig(api_keys=("right",))
     ) as running:
         yield running
 

@@ -77,7 +77,7 @@ def shared_peer():
 
 @pytest.fixture(scope="module")
 def running(shared_peer, tokenizer_folder):
-    with running_frontend(shared_peer.address, tokenizer_folder) as running:
+    with running_frontend(shared_peer.endpoint, tokenizer_folder) as running:
         yield running
 
 
@@ -110,7 +110,7 @@ def own_peer():
 
 @pytest.fixture
 def own_running(own_peer, tokenizer_folder):
-    with running_frontend(own_peer.address, tokenizer_folder) as running:
+    with running_frontend(own_peer.endpoint, tokenizer_folder) as running:
         yield running
 
 
@@ -146,7 +146,7 @@ def served(tiny_model):
     """The real thing: engine, workers and both doors."""
     with (
         running_engine_process(tiny_model) as engine,
-        running_frontend(engine.read_address(), tiny_model) as running,
+        running_frontend(engine.read_endpoint(), tiny_model) as running,
     ):
         yield running
 

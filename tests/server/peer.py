@@ -11,6 +11,7 @@ import zmq
 
 from shardline_scheduler import Accuracy
 from shardline_scheduler.plan import TokenLogprobs
+from shardline_server.gate import Gate, LaunchKeys, Listener
 from shardline_server.messages import (
     Abort,
     Delta,
@@ -82,13 +83,12 @@ class EnginePeer:
         self.reset(script)
         self.ready = EngineReady(max_model_len=64, num_kv_blocks=100, block_size=16, vocab_size=512)
         self._is_ready = is_ready
-        self._context = zmq.Context()
-        self._router = self._context.socket(zmq.ROUTER)
-        port = self._router.bind_to_random_port("tcp://127.0.0.1")
-        self.address = f"tcp://127.0.0.1:{port}"
-        self._outbox = self._context.socket(zmq.PULL)
+        self._gate = Gate(LaunchKeys.create())
+        self._listener = Listener(self._gate, "127.0.0.1", msgspec.msgpack.Decoder(ToEngine).decode)
+        self.endpoint = self._listener.endpoint
+        self._outbox = self._gate.context.socket(zmq.PULL)
         self._outbox.bind("inproc://outbox")
-        self._inbox = self._context.socket(zmq.PUSH)
+        self._inbox = self._gate.context.socket(zmq.PUSH)
         self._inbox.connect("inproc://outbox")
         self._greeted = threading.Event()
         self._frontends: set[bytes] = set()
@@ -122,34 +122,37 @@ class EnginePeer:
     def stop(self) -> None:
         self._inbox.send(b"")
         self._thread.join()
-        self._context.destroy(linger=0)
+        self._listener.close(linger_ms=0)
+        for socket in (self._inbox, self._outbox):
+            socket.close(linger=0)
+        self._gate.close()
 
     def _run(self) -> None:
         poller = zmq.Poller()
-        poller.register(self._router, zmq.POLLIN)
+        poller.register(self._listener.socket, zmq.POLLIN)
         poller.register(self._outbox, zmq.POLLIN)
         while True:
             ready = dict(poller.poll())
-            if self._router in ready:
-                self._receive(*self._router.recv_multipart())
+            while (received := self._listener.receive()) is not None:
+                self._receive(*received)
             if self._outbox in ready:
                 payload = self._outbox.recv()
                 if not payload:
                     return
                 for frontend in self._frontends:
-                    self._router.send_multipart([frontend, payload])
+                    self._listener.send(frontend, payload)
 
-    def _receive(self, frontend: bytes, payload: bytes) -> None:
-        match msgspec.msgpack.decode(payload, type=ToEngine):
+    def _receive(self, frontend: bytes, message: ToEngine) -> None:
+        match message:
             case Hello():
                 self._frontends.add(frontend)
                 if self._is_ready:
-                    self._router.send_multipart([frontend, msgspec.msgpack.encode(self.ready)])
+                    self._listener.send(frontend, msgspec.msgpack.encode(self.ready))
                 self._greeted.set()
             case Submit() as submit:
                 self.submits.put(submit)
                 for one in self.script(submit):
                     output = msgspec.msgpack.encode(Output([one], STATS))
-                    self._router.send_multipart([frontend, output])
+                    self._listener.send(frontend, output)
             case Abort(request_id):
                 self.aborts.put(request_id)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shardline_server.frontend import Addresses, Frontend, FrontendConfig
+from shardline_shards.channel import Endpoint
 
 
 @dataclass
@@ -24,13 +25,13 @@ class RunningFrontend:
 
 @contextmanager
 def running_frontend(
-    engine_address: str, model: Path, *, wait_ready: bool = True, **values: object
+    engine: Endpoint, model: Path, *, wait_ready: bool = True, **values: object
 ) -> Iterator[RunningFrontend]:
     defaults: dict[str, object] = {
         "host": "127.0.0.1",
         "http_port": 0,
         "grpc_port": 0,
-        "engine_address": engine_address,
+        "engine": engine,
         "model_path": model,
         "served_model_names": ("tiny", "tiny-alias"),
     }

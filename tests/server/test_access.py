@@ -65,7 +65,7 @@ def urls(addresses):
 
 def test_tls_on_both_doors(peer, tokenizer_folder, files):
     door = DoorConfig(tls=tls_of(files))
-    with running_frontend(peer.address, tokenizer_folder, door=door) as running:
+    with running_frontend(peer.endpoint, tokenizer_folder, door=door) as running:
         for url in urls(running.addresses):
             with Client(url, tls=Tls(ca_file=files / "ca.pem")) as client:
                 assert client.complete("the fox", max_tokens=1).text == "the"
@@ -75,7 +75,7 @@ def test_tls_on_both_doors(peer, tokenizer_folder, files):
 
 def test_mutual_tls_lets_in_only_clients_of_the_authority(peer, tokenizer_folder, files):
     door = DoorConfig(tls=tls_of(files, mutual=True))
-    with running_frontend(peer.address, tokenizer_folder, door=door) as running:
+    with running_frontend(peer.endpoint, tokenizer_folder, door=door) as running:
         for url in urls(running.addresses):
             with Client(url, tls=shown_by(files, "client")) as client:
                 assert client.complete("the fox", max_tokens=1).text == "the"
@@ -107,7 +107,7 @@ def test_files_that_are_no_use_are_named_at_start(
     )
     with (
         pytest.raises(ConfigError, match=rf"TLS cannot use .*{cert}.*{key}"),
-        running_frontend(peer.address, tokenizer_folder, door=DoorConfig(tls=tls)),
+        running_frontend(peer.endpoint, tokenizer_folder, door=DoorConfig(tls=tls)),
     ):
         pass
 
@@ -149,7 +149,7 @@ def test_a_file_that_became_useless_changes_no_key(peer, tokenizer_folder, tmp_p
     file = tmp_path / "keys"
     file.write_text("alice=one\n")
     door = DoorConfig(api_key_file=file)
-    with running_frontend(peer.address, tokenizer_folder, door=door) as running:
+    with running_frontend(peer.endpoint, tokenizer_folder, door=door) as running:
         frontend = running.frontend
         first, second = {"Authorization": "Bearer one"}, {"Authorization": "Bearer two"}
         url = f"{running.addresses.http_url}/v1/models"
@@ -173,7 +173,7 @@ def test_other_origins_are_closed_unless_opened(http, peer, tokenizer_folder):
     assert "access-control-allow-origin" not in answer.headers
     door = DoorConfig(cors_origins=("https://page.example",))
     with (
-        running_frontend(peer.address, tokenizer_folder, door=door) as running,
+        running_frontend(peer.endpoint, tokenizer_folder, door=door) as running,
         httpx.Client(base_url=running.addresses.http_url) as opened,
     ):
         wanted = ask | {"Access-Control-Request-Headers": "authorization, x-latency-budget-ttft-ms"}
@@ -189,7 +189,9 @@ def test_other_origins_are_closed_unless_opened(http, peer, tokenizer_folder):
 
 
 def test_an_admin_port_takes_metrics_and_documentation_away(peer, tokenizer_folder):
-    with running_frontend(peer.address, tokenizer_folder, door=DoorConfig(admin_port=0)) as running:
+    with running_frontend(
+        peer.endpoint, tokenizer_folder, door=DoorConfig(admin_port=0)
+    ) as running:
         public, admin = running.addresses.http_url, running.addresses.admin_url
         assert public != admin
         for path in ("/metrics", "/docs", "/openapi.json"):
@@ -210,7 +212,7 @@ def test_no_key_and_no_prompt_is_ever_logged(peer, tokenizer_folder, caplog):
     ]
     door = DoorConfig(api_keys=SECRET_KEYS[:1])
     with (
-        running_frontend(peer.address, tokenizer_folder, door=door) as running,
+        running_frontend(peer.endpoint, tokenizer_folder, door=door) as running,
         httpx.Client(base_url=running.addresses.http_url) as http,
         grpc.insecure_channel(running.addresses.grpc_target) as channel,
     ):

@@ -184,7 +184,7 @@ def test_classes_fill_in_what_is_not_said(tokenizer_folder, peer):
     )
     policy = BudgetPolicy(classes=classes, default=Priority.BATCH)
     with (
-        running_frontend(peer.address, tokenizer_folder, budgets=policy) as running,
+        running_frontend(peer.endpoint, tokenizer_folder, budgets=policy) as running,
         httpx.Client(base_url=running.addresses.http_url) as http,
         grpc.insecure_channel(running.addresses.grpc_target) as channel,
     ):
@@ -293,7 +293,7 @@ def test_a_request_that_is_wrong_has_no_hint_to_come_back(http, stub):
 def test_a_server_that_loads_or_leaves_says_when_to_come_back(own_peer, tokenizer_folder):
     own_peer._is_ready = False
     with (
-        running_frontend(own_peer.address, tokenizer_folder, wait_ready=False) as running,
+        running_frontend(own_peer.endpoint, tokenizer_folder, wait_ready=False) as running,
         httpx.Client(base_url=running.addresses.http_url) as http,
         grpc.insecure_channel(running.addresses.grpc_target) as channel,
     ):
@@ -404,7 +404,9 @@ def test_a_choice_that_the_front_end_ends_is_told_by_its_own_clock(http):
 def test_a_tenant_is_named_by_its_key(tokenizer_folder, peer):
     keys = ("alice=first", "second", "abc==")
     with (
-        running_frontend(peer.address, tokenizer_folder, door=DoorConfig(api_keys=keys)) as running,
+        running_frontend(
+            peer.endpoint, tokenizer_folder, door=DoorConfig(api_keys=keys)
+        ) as running,
         httpx.Client(base_url=running.addresses.http_url) as http,
         grpc.insecure_channel(running.addresses.grpc_target) as channel,
     ):

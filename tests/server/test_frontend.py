@@ -11,13 +11,16 @@ from tests.server.running import running_frontend
 
 from shardline_server.errors import ConfigError
 from shardline_server.frontend import Addresses, Frontend, FrontendConfig
+from shardline_server.gate import LaunchKeys
 from shardline_server.messages import EngineRecovering
+from shardline_shards.channel import Endpoint
 
 
 def start(folder, **values):
     async def run():
         defaults = {"host": "127.0.0.1", "http_port": 0, "grpc_port": 0, "model_path": folder}
-        names = {"engine_address": "tcp://127.0.0.1:9", "served_model_names": ("tiny",)}
+        nobody = Endpoint(address="tcp://127.0.0.1:9", keys=LaunchKeys.create().client)
+        names = {"engine": nobody, "served_model_names": ("tiny",)}
         frontend = Frontend(FrontendConfig(**(defaults | names | values)))
         await frontend.start()
 
@@ -58,7 +61,7 @@ def test_addresses_are_made_for_clients():
 
 def test_stopping_ends_open_streams_with_an_error_and_closes_the_doors(own_peer, tokenizer_folder):
     own_peer.script = lambda submit: [delta(submit.request_id, 0, [300])]
-    with running_frontend(own_peer.address, tokenizer_folder) as running:
+    with running_frontend(own_peer.endpoint, tokenizer_folder) as running:
         url = running.addresses.http_url
         body = {"prompt": "the", "stream": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
@@ -76,7 +79,7 @@ def test_while_workers_are_replaced_streams_wait_and_new_requests_come_back_late
 ):
     own_peer.script = lambda submit: [delta(submit.request_id, 0, [300])]
     with (
-        running_frontend(own_peer.address, tokenizer_folder) as running,
+        running_frontend(own_peer.endpoint, tokenizer_folder) as running,
         httpx.Client(base_url=running.addresses.http_url, timeout=30) as client,
         client.stream("POST", "/v1/completions", json={"prompt": "a", "stream": True}) as response,
     ):
@@ -101,7 +104,7 @@ def test_while_workers_are_replaced_streams_wait_and_new_requests_come_back_late
 
 def test_grace_lets_a_request_finish(own_peer, tokenizer_folder):
     own_peer.script = lambda submit: [delta(submit.request_id, 0, [300])]
-    with running_frontend(own_peer.address, tokenizer_folder) as running:
+    with running_frontend(own_peer.endpoint, tokenizer_folder) as running:
         url = running.addresses.http_url
         body = {"prompt": "the", "stream": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:

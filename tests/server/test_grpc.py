@@ -166,7 +166,7 @@ def test_what_nobody_expected_is_logged_and_told_in_general_words(stub, peer, ca
 def test_health_follows_the_engine(own_peer, tokenizer_folder):
     own_peer._is_ready = False
     with (
-        running_frontend(own_peer.address, tokenizer_folder, wait_ready=False) as running,
+        running_frontend(own_peer.endpoint, tokenizer_folder, wait_ready=False) as running,
         grpc.insecure_channel(running.addresses.grpc_target) as channel,
     ):
         stub = GenerationStub(channel)
@@ -207,7 +207,7 @@ def test_reflection_lists_and_describes_the_service(running):
 def test_keys_guard_the_service_but_not_health(own_peer, tokenizer_folder):
     with (
         running_frontend(
-            own_peer.address, tokenizer_folder, door=DoorConfig(api_keys=("key",))
+            own_peer.endpoint, tokenizer_folder, door=DoorConfig(api_keys=("key",))
         ) as running,
         grpc.insecure_channel(running.addresses.grpc_target) as channel,
     ):

@@ -32,7 +32,7 @@ def test_healthy_when_ready(running) -> None:
 def test_unhealthy_once_the_engine_has_failed_and_when_nobody_listens(
     own_peer, tokenizer_folder
 ) -> None:
-    with running_frontend(own_peer.address, tokenizer_folder) as running:
+    with running_frontend(own_peer.endpoint, tokenizer_folder) as running:
         port = running.addresses.http_port
         running.loop.call_soon_threadsafe(running.frontend.fail, "broken on purpose")
         running.call(running.frontend.wait_failed())
@@ -55,7 +55,7 @@ def test_healthy_behind_tls(peer, tokenizer_folder, tmp_path: Path, is_mutual: b
         variables["SHARDLINE_TLS_CLIENT_CA"] = ca
     assert {name.removeprefix("SHARDLINE_").lower() for name in variables} <= FIELDS
     door = DoorConfig(tls=TlsFiles(cert=cert, key=key, client_ca=ca if is_mutual else None))
-    with running_frontend(peer.address, tokenizer_folder, door=door) as running:
+    with running_frontend(peer.endpoint, tokenizer_folder, door=door) as running:
         port = running.addresses.http_port
         assert check("0.0.0.0", port).returncode == 1
         checked = check("0.0.0.0", port, **variables)

@@ -305,17 +305,27 @@ def test_when_the_engine_dies_streams_end_and_health_says_why(own_http, own_peer
     assert own_http.get("/version").status_code == 200
 
 
-def test_a_message_that_cannot_be_read_is_a_dead_engine(own_running, own_http, own_peer, caplog):
-    own_peer.send_bytes(b"\xc1 not msgpack")
-    reason = own_running.call(own_running.frontend.wait_failed())
-    assert "cannot be read" in reason
-    assert own_http.get("/health").status_code == 503
+def test_a_message_that_cannot_be_read_ends_what_it_may_have_been_part_of(own_http, own_peer):
+    own_peer.script = lambda submit: [delta(submit.request_id, 0, [300])]
+    body = {"prompt": "a", "stream": True}
+    with own_http.stream("POST", "/v1/completions", json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+        own_peer.send_bytes(b"\xc1 not msgpack")
+        rest = [line for line in lines if line]
+    assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "engine_unavailable"
+    assert own_peer.next_abort() == own_peer.next_submit().request_id
+    own_peer.reset()
+    assert own_http.post("/v1/completions", json={"prompt": "a"}).status_code == 200
+    assert (
+        'dropped_total{channel="frontend",model_name="tiny"} 1.0' in own_http.get("/metrics").text
+    )
 
 
 def test_before_the_engine_is_ready_only_health_is_good(tokenizer_folder, own_peer):
     own_peer._is_ready = False
     with (
-        running_frontend(own_peer.address, tokenizer_folder, wait_ready=False) as running,
+        running_frontend(own_peer.endpoint, tokenizer_folder, wait_ready=False) as running,
         httpx.Client(base_url=running.addresses.http_url) as http,
     ):
         assert http.get("/health").status_code == 200
@@ -331,7 +341,7 @@ def test_before_the_engine_is_ready_only_health_is_good(tokenizer_folder, own_pe
 def test_keys(tokenizer_folder, peer):
     with (
         running_frontend(
-            peer.address, tokenizer_folder, door=DoorConfig(api_keys=("a key", "b"))
+            peer.endpoint, tokenizer_folder, door=DoorConfig(api_keys=("a key", "b"))
         ) as running,
         httpx.Client(base_url=running.addresses.http_url) as http,
     ):

@@ -33,7 +33,7 @@ FLOOD_TOKENS = [300] * 50_000
 @pytest.fixture(scope="module")
 def limited(shared_peer, tokenizer_folder):
     door = DoorConfig(limits=LIMITS)
-    with running_frontend(shared_peer.address, tokenizer_folder, door=door) as running:
+    with running_frontend(shared_peer.endpoint, tokenizer_folder, door=door) as running:
         yield running
 
 
@@ -250,7 +250,7 @@ def test_a_client_that_is_too_far_behind_is_ended_with_one_error(peer, tokenizer
     peer.script = lambda submit: [delta(submit.request_id, 0, [300])]
     config = DoorConfig(limits=DoorLimits(max_unread_pieces=40))
     with (
-        running_frontend(peer.address, tokenizer_folder, door=config) as running,
+        running_frontend(peer.endpoint, tokenizer_folder, door=config) as running,
         ExitStack() as stack,
     ):
         kept = send_and_never_read(running, stack, door)

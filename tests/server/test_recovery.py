@@ -149,7 +149,7 @@ def test_streams_through_both_doors_outlive_a_worker(tiny_model: Path) -> None:
     options = {"max_tokens": 100, "ignore_eos": True}
     with (
         running_engine_process(tiny_model) as engine,
-        running_frontend(engine.read_address(), tiny_model) as running,
+        running_frontend(engine.read_endpoint(), tiny_model) as running,
         Client(running.addresses.http_url) as http,
         Client(f"grpc://{running.addresses.grpc_target}") as grpc,
         httpx.Client(base_url=running.addresses.http_url, timeout=60) as probe,

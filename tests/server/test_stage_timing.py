@@ -16,6 +16,7 @@ from shardline_scheduler.plan import (
     StageTiming,
     StepPlan,
 )
+from shardline_server.gate import Gate
 from shardline_server.worker_group import WorkerGroup
 from shardline_shards.layout import ParallelLayout
 from shardline_shards.messages import StageReport
@@ -26,10 +27,13 @@ NUM_STEPS = 5
 
 @pytest.fixture
 def workers(tmp_path: Path) -> Iterator[WorkerGroup]:
-    group = WorkerGroup(engine_config(save_tiny("llama", tmp_path), LAYOUT))
+    config = engine_config(save_tiny("llama", tmp_path), LAYOUT)
+    gate = Gate(config.keys)
+    group = WorkerGroup(config, gate)
     group.start()
     yield group
     group.stop()
+    gate.close()
 
 
 def chunk_plans(chunk: int, count: int) -> list[StepPlan]:

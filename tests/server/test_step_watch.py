@@ -10,6 +10,7 @@ from tests.engine_process import engine_config
 from tests.tiny import save_tiny
 
 from shardline_scheduler.plan import NewRequest, SamplingParams, ScheduledRequest, StepPlan
+from shardline_server.gate import Gate
 from shardline_server.step_watch import (
     HANG_FACTOR,
     HANG_FLOOR_S,
@@ -97,7 +98,9 @@ def test_who_does_something_else_is_named() -> None:
 
 def test_a_rank_that_diverges_is_named_by_the_next_result(tmp_path: Path) -> None:
     layout = ParallelLayout(tp=1, stage_layers=(1, 1, 1))
-    group = WorkerGroup(engine_config(save_tiny("llama", tmp_path), layout))
+    config = engine_config(save_tiny("llama", tmp_path), layout)
+    gate = Gate(config.keys)
+    group = WorkerGroup(config, gate)
     group.start()
     try:
         for step_id in (0, 1):
@@ -112,6 +115,7 @@ def test_a_rank_that_diverges_is_named_by_the_next_result(tmp_path: Path) -> Non
                 list(group.results())
     finally:
         group.kill()
+        gate.close()
 
 
 def plan_of(step_id: int, token_id: int) -> StepPlan:

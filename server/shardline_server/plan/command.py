@@ -11,6 +11,7 @@ from shardline_scheduler import PipeModel, Scheduler
 from shardline_server.engine_config import EngineConfig
 from shardline_server.engine_launch import plan_engine
 from shardline_server.errors import ConfigError
+from shardline_server.gate import Gate
 from shardline_server.plan.memory import StageMemory, estimate_blocks, stage_memory
 from shardline_server.plan.report import print_costs, print_split, print_times
 from shardline_server.settings import ServeSettings
@@ -72,7 +73,8 @@ def find_plan(settings: ServeSettings) -> ServePlan:
 def _measure(config: EngineConfig) -> tuple[int, PipeModel]:
     """Start the workers as `serve` would, and measure what steps take; it is kept for `serve`."""
     logger.info("no start before this one has kept what steps take; measuring")
-    workers = WorkerGroup(config)
+    gate = Gate(config.keys)
+    workers = WorkerGroup(config, gate)
     try:
         num_blocks = workers.start()
         scheduler = Scheduler(config.scheduler_config(num_blocks))
@@ -82,4 +84,5 @@ def _measure(config: EngineConfig) -> tuple[int, PipeModel]:
         raise ConfigError(str(failure)) from failure
     finally:
         workers.kill()
+        gate.close()
     return num_blocks, scheduler.cost_model

@@ -1,0 +1,137 @@
+"""A whole server as a stranger finds it: where it listens, what it shows, what it drops."""
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import msgspec
+import psutil
+import pytest
+from tests.engine_process import engine_config
+from tests.server.conftest import running_engine_process
+from tests.server.running import RunningFrontend, running_frontend
+from tests.server.strangers import RAW_BYTES, dealer, knock
+from tests.server.test_step_watch import plan_of
+
+from shardline_scheduler.plan import StepResult
+from shardline_server.engine_launch import EngineProcess
+from shardline_server.gate import Gate
+from shardline_server.worker_group import WorkerGroup
+from shardline_shards.layout import ParallelLayout
+
+ASKED = {"prompt": [5, 6, 7], "max_tokens": 8, "temperature": 0, "return_token_ids": True}
+NUM_PROCESSES = 5  # engine and four workers
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> Iterator[EngineProcess]:
+    with running_engine_process(tiny_model, tp=2, log_level="debug", spare_worker=False) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def running(engine: EngineProcess, tiny_model: Path) -> Iterator[RunningFrontend]:
+    with running_frontend(engine.read_endpoint(), tiny_model) as running:
+        yield running
+
+
+def processes_of(engine: EngineProcess) -> list[psutil.Process]:
+    own = psutil.Process(engine._process.pid)
+    found = [own, *own.children(recursive=True)]
+    assert len(found) == NUM_PROCESSES
+    return found
+
+
+def listening(process: psutil.Process) -> set[tuple[str, int]]:
+    connections = process.net_connections("inet")
+    waiting = [one for one in connections if one.status in (psutil.CONN_LISTEN, psutil.CONN_NONE)]
+    return {(one.laddr.ip.removeprefix("::ffff:"), one.laddr.port) for one in waiting}
+
+
+def generate(running: RunningFrontend) -> list[int]:
+    answer = httpx.post(f"{running.addresses.http_url}/v1/completions", json=ASKED, timeout=60)
+    return list(answer.raise_for_status().json()["choices"][0]["token_ids"])
+
+
+def drops(running: RunningFrontend) -> dict[str, int]:
+    text = httpx.get(f"{running.addresses.http_url}/metrics").text
+    found = re.findall(r'internal_messages_dropped_total\{channel="(\w+)".*\} ([\d.]+)', text)
+    return {channel: int(float(count)) for channel, count in found}
+
+
+def wait_for_drops(running: RunningFrontend, wanted: dict[str, int]) -> None:
+    """Until the metric says so; the engine tells it twice a second."""
+    while drops(running) != wanted:
+        pass
+
+
+def test_no_process_listens_at_every_address(
+    engine: EngineProcess, running: RunningFrontend
+) -> None:
+    everybody = [*processes_of(engine), psutil.Process()]
+    found = {process.pid: listening(process) for process in everybody}
+    assert len(found[engine._process.pid]) == 2  # front ends, workers
+    assert {host for addresses in found.values() for host, _ in addresses} == {"127.0.0.1"}
+
+
+def test_keys_show_neither_in_commands_nor_in_variables_nor_in_logs(
+    engine: EngineProcess, running: RunningFrontend, capfd: pytest.CaptureFixture[str]
+) -> None:
+    generate(running)
+    keys = engine._keys
+    texts = [str((p.cmdline(), p.environ())) for p in processes_of(engine)]
+    texts += capfd.readouterr()
+    for secret in msgspec.structs.astuple(keys):
+        assert not any(secret in text for text in texts)
+
+
+def test_strangers_at_every_port_are_counted_and_change_nothing(
+    engine: EngineProcess, running: RunningFrontend
+) -> None:
+    before, dropped = generate(running), drops(running)
+    processes = processes_of(engine)
+    for host, port in listening(processes[0]):
+        for payload in RAW_BYTES.values():
+            knock(f"tcp://{host}:{port}", payload)
+    wanted = {channel: dropped[channel] + len(RAW_BYTES) for channel in ("frontend", "worker")}
+    wait_for_drops(running, wanted)
+    assert generate(running) == before
+    assert all(process.is_running() for process in processes)
+
+
+def test_what_peers_send_that_is_no_message_is_counted_and_changes_nothing(
+    engine: EngineProcess, running: RunningFrontend
+) -> None:
+    before, dropped = generate(running), drops(running)
+    with ExitStack() as peers:
+        for host, port in listening(processes_of(engine)[0]):
+            for name in (b"\xff", b"another", b"0.0"):  # the last is a worker's already
+                peer = dealer(f"tcp://{host}:{port}", engine._keys, name)
+                peers.enter_context(peer).send(b"\xc1 no message")
+        wait_for_drops(
+            running, {"frontend": dropped["frontend"] + 3, "worker": dropped["worker"] + 2}
+        )
+        assert generate(running) == before
+
+
+def test_a_worker_drops_what_it_cannot_read_and_the_engine_counts_it(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    config = engine_config(tiny_model, ParallelLayout(tp=1, stage_layers=(3,)))
+    gate = Gate(config.keys)
+    group = WorkerGroup(config, gate)
+    group.start()
+    try:
+        group._listener.send(group._names[0], b"\xc1")
+        group.submit(plan_of(0, token_id=5))
+        results: list[object] = []
+        while not results:
+            assert group.socket.poll(30_000)
+            results += group.results()
+        assert isinstance(results[0], StepResult)
+        assert group.num_dropped() == {"worker": 1}
+    finally:
+        group.kill()
+        gate.close()
