@@ -106,9 +106,12 @@ def test_what_a_peer_sends_that_is_no_message_is_dropped_and_counted(
 
 @pytest.fixture
 def exits() -> Iterator[ChildExits]:
-    yield ChildExits()
+    exits = ChildExits()
+    yield exits
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
+    for end in (exits._reader, exits._writer):
+        end.close()
 
 
 def test_head_and_node_drop_what_they_cannot_read_and_the_head_counts_both(
