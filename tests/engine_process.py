@@ -54,6 +54,7 @@ class EngineConnection:
 
     def __init__(self, engine: Endpoint, pid: int) -> None:
         self.pid = pid
+        self.address = engine.address
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger = 0
@@ -63,6 +64,7 @@ class EngineConnection:
         self.stats: EngineStats | None = None
         self.outcomes: dict[str, Outcome] = {}
         self.losses: list[str] = []
+        self.drops: dict[str, int] = {}
         self.send(Hello())
 
     def send(self, message: ToEngine) -> None:
@@ -90,6 +92,8 @@ class EngineConnection:
             raise EngineDied(message.reason)
         if isinstance(message, EngineRecovering):
             self.losses.append(message.reason)
+        if isinstance(message, Drops):
+            self.drops = message.by_channel
         if isinstance(message, Output):
             self.stats = message.stats
             for delta in message.deltas:

@@ -1,0 +1,174 @@
+"""Random bytes for every decoder of our channels, and for the live sockets of a real engine."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.engine_process import engine_config, running_engine_of
+from tests.server.peer import STATS
+from tests.server.strangers import dealer, knock
+
+from shardline_scheduler.plan import (
+    NewRequest,
+    SampledToken,
+    SamplingParams,
+    ScheduledRequest,
+    StageTiming,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
+from shardline_server.messages import (
+    Abort,
+    Delta,
+    Drain,
+    Drops,
+    EngineReady,
+    FinishReason,
+    FromEngine,
+    Hello,
+    Output,
+    Submit,
+    ToEngine,
+)
+from shardline_server.node_watch import Answer, Beat
+from shardline_shards.channel import Unreadable, read
+from shardline_shards.layout import ParallelLayout, Place
+from shardline_shards.messages import (
+    Failed,
+    Joined,
+    Loaded,
+    Reform,
+    Rendezvous,
+    StageReport,
+    Stop,
+    decode_from_worker,
+    decode_to_worker,
+)
+
+FUZZ = settings(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=400,
+    suppress_health_check=list(HealthCheck),
+)
+SAMPLING = SamplingParams(max_tokens=3, seed=1, logit_bias={5: -1.0}, stop_token_ids=(2,))
+PLAN = StepPlan(
+    7, [1], [NewRequest(2, [5, 6], 2, SAMPLING)], [ScheduledRequest(2, 0, 2, [], [0], True)]
+)
+RESULT = StepResult(7, [SampledToken(2, 5, TokenLogprobs(5, -0.5, [(5, -0.5)]))], [])
+TIMING = StageTiming(0, 7, 1.0, 0.1, 0.1, 0.1, 0.1, 0.1)
+DELTA = Delta("a", 0, [5], [], [], FinishReason.STOP, None, None, 0)
+# Nothing, how a CURVE peer begins, and that with the head of its next command.
+GREETING = b"\xff" + b"\0" * 8 + b"\x7f\x03\x01CURVE" + b"\0" * 48
+GREETINGS = [b"", GREETING, GREETING + b"\x04\xc8\x05HELLO\x01\x00"]
+Decode = Callable[[bytes], object]
+# Of each channel and direction: how it is read, and messages that are really sent there.
+CHANNELS: dict[str, tuple[Decode, list[object]]] = {
+    "to the engine": (
+        msgspec.msgpack.Decoder(ToEngine).decode,
+        [Hello(), Submit("a", [5, 6], SAMPLING), Abort("a"), Drain(1.0)],
+    ),
+    "from the engine": (
+        msgspec.msgpack.Decoder(FromEngine).decode,
+        [Output([DELTA], STATS), EngineReady(64, 100, 16, 512), Drops({"worker": 1})],
+    ),
+    "to a worker": (decode_to_worker, [PLAN, Rendezvous("127.0.0.1", 9), Reform(1), Stop()]),
+    "from a worker": (
+        decode_from_worker,
+        [
+            RESULT,
+            StageReport([TIMING], 1.0),
+            Joined(0, 0, 9),
+            Loaded(0, 0, 9, 9, 9, 9, "cpu"),
+            Failed(0, 0, "no", True),
+        ],
+    ),
+    "to the head": (msgspec.msgpack.Decoder(Beat).decode, [Beat([], 3)]),
+    "to a node": (msgspec.msgpack.Decoder(Answer).decode, [Answer(restarted=[(Place(0, 0), 1)])]),
+}
+
+
+@pytest.mark.parametrize("channel", CHANNELS)
+def test_what_is_sent_is_read(channel: str) -> None:
+    decode, messages = CHANNELS[channel]
+    for message in messages:
+        assert read(decode, [msgspec.msgpack.encode(message)]) == message
+
+
+@pytest.mark.parametrize("channel", CHANNELS)
+@FUZZ
+@given(frames=st.lists(st.binary(max_size=200), max_size=3))
+def test_random_bytes_are_a_message_or_unreadable(channel: str, frames: list[bytes]) -> None:
+    with suppress(Unreadable):
+        read(CHANNELS[channel][0], frames)
+
+
+@pytest.mark.parametrize("channel", CHANNELS)
+@FUZZ
+@given(data=st.data())
+def test_messages_with_changed_bytes_are_messages_or_unreadable(
+    channel: str, data: st.DataObject
+) -> None:
+    decode, messages = CHANNELS[channel]
+    payload = bytearray(msgspec.msgpack.encode(data.draw(st.sampled_from(messages))))
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(payload) - 1))
+        end = place + data.draw(st.integers(0, 5))
+        payload[place:end] = data.draw(st.binary(max_size=8))
+        if not payload:
+            break
+    with suppress(Unreadable):
+        read(decode, [bytes(payload)])
+
+
+@pytest.mark.parametrize(
+    "payload", [b"\x91" * 100_000, b"\x81\xa1x" * 50_000, b"\xdf" + b"\xff" * 9]
+)
+@pytest.mark.parametrize("channel", CHANNELS)
+def test_deep_and_huge_things_are_unreadable(channel: str, payload: bytes) -> None:
+    with pytest.raises(Unreadable):
+        read(CHANNELS[channel][0], [payload])
+
+
+def random_payloads(rng: random.Random, decode: Decode) -> Iterator[bytes]:
+    """No messages, some of them nearly."""
+    for _ in range(200):
+        payload = rng.choice([b"", b"\x93", b"\x82\xa4type"]) + rng.randbytes(rng.randrange(200))
+        try:
+            read(decode, [payload])
+        except Unreadable:
+            yield payload
+
+
+def test_an_engine_lives_through_all_of_it_and_counts_it(tiny_model: Path) -> None:
+    config = engine_config(tiny_model, ParallelLayout(tp=1, stage_layers=(2, 1)))
+    rng = random.Random(6)
+    asked = {"asked": ([5, 6, 7], SamplingParams(max_tokens=10, seed=0, temperature=0.0))}
+    with running_engine_of(config) as engine:
+        before = engine.generate(asked)["asked"].token_ids
+        wanted = {"frontend": 0, "worker": 0}
+        for connection in psutil.Process(engine.pid).net_connections("tcp"):
+            if connection.status != psutil.CONN_LISTEN:
+                continue
+            address = "tcp://{}:{}".format(*connection.laddr)
+            channel = "frontend" if address == engine.address else "worker"
+            for _ in range(60):
+                knock(address, rng.choice(GREETINGS) + rng.randbytes(rng.randrange(300)))
+                wanted[channel] += 1
+            with dealer(address, config.keys.client, b"a peer") as peer:
+                direction = "to the engine" if channel == "frontend" else "from a worker"
+                for payload in random_payloads(rng, CHANNELS[direction][0]):
+                    peer.send(payload)
+                    wanted[channel] += 1
+                while engine.drops != wanted:
+                    engine.receive_any()
+        assert engine.generate(asked)["asked"].token_ids == before
+    assert min(wanted.values()) > 200
