@@ -8,40 +8,49 @@ became of the stages' time in between.
 """
 
 import argparse
-import asyncio
-import random
+import time
 from typing import Any
 
 import httpx
-from throughput import run_streams, server
+from client import bench
+from serving import serving
 
 PARTS = ("compute", "communication", "starved", "scheduler", "idle")
 
 
-async def pipe_seconds(url: str) -> list[dict[str, float]]:
+def pipe_seconds(url: str) -> list[dict[str, float]]:
     """Totals of each stage, once the last step has been told of."""
-    async with httpx.AsyncClient(base_url=url) as client:
-        before: Any = None
-        while True:
-            pipe = (await client.get("/load")).json()["pipe"]
-            now = pipe and [stage["seconds"]["compute"] for stage in pipe["stages"]]
-            if now is not None and now == before:
-                return [stage["seconds"] for stage in pipe["stages"]]
-            before = now
-            await asyncio.sleep(0.6)
+    before: Any = None
+    while True:
+        pipe = httpx.get(f"{url}/load").json()["pipe"]
+        now = pipe and [stage["seconds"]["compute"] for stage in pipe["stages"]]
+        if now is not None and now == before:
+            return [stage["seconds"] for stage in pipe["stages"]]
+        before = now
+        time.sleep(0.6)
 
 
-async def measure(url: str, name: str, num_streams: int, rng: random.Random) -> str:
+def run_wave(url: str, num_streams: int) -> dict[str, Any]:
+    """Streams that start together: 256 random tokens in, 128 greedy ones out; the summary."""
+    count = ("--concurrency", str(num_streams), "--num-requests", str(num_streams))
+    (point,) = bench(url, [*count, "--prompt-tokens", "256", "--output-tokens", "128"])["points"]
+    summary: dict[str, Any] = point["summary"]
+    return summary
+
+
+def measure(url: str, num_streams: int) -> str:
     """A wave, with the shares of the time in which there was work."""
-    before = await pipe_seconds(url)
-    row = await run_streams(url, name, num_streams, rng)
-    after = await pipe_seconds(url)
+    before = pipe_seconds(url)
+    summary = run_wave(url, num_streams)
+    after = pipe_seconds(url)
     shares = []
     for old, new in zip(before, after, strict=True):
         spent = {part: new[part] - old[part] for part in PARTS}
         busy = sum(spent.values()) - spent["idle"]
         shares.append(" / ".join(f"{spent[part] / busy:.1%}" for part in PARTS[:-1]))
-    return f"{row} {' ; '.join(shares)} |"
+    latencies = " | ".join(f"{summary[kind]['mean']:.1f}" for kind in ("tpot_ms", "ttft_ms"))
+    rate = f"{summary['output_tokens_per_s']:.1f}"
+    return f"| {num_streams} | {rate} | {latencies} | {' ; '.join(shares)} |"
 
 
 def main() -> None:
@@ -58,11 +67,10 @@ def main() -> None:
     for layout in arguments.layouts:
         for in_flight in arguments.in_flight if layout != "1x1" else [1]:
             given = [*options, "--max-in-flight", str(in_flight)]
-            with server(arguments.model, layout, given) as (url, _):
-                rng = random.Random(0)
-                asyncio.run(run_streams(url, arguments.model, 4, rng))
+            with serving(arguments.model, layout, given) as (url, _):
+                run_wave(url, 4)
                 for num_streams in arguments.streams * arguments.waves:
-                    row = asyncio.run(measure(url, arguments.model, num_streams, rng))
+                    row = measure(url, num_streams)
                     print(f"| {layout} | {in_flight} {row}", flush=True)
 
 

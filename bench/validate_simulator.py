@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from throughput import server
+from serving import serving
 
 SHARDLINE = [sys.executable, "-m", "shardline_server"]
 # Name, and where it is in a summary.
@@ -46,7 +46,7 @@ def main() -> None:
         own = Path(folder)
         models = own / "models"
         models.symlink_to(_model_cache())
-        with server(arguments.model, f"1x{arguments.pp}", ["--cache", folder]) as (url, _):
+        with serving(arguments.model, f"1x{arguments.pp}", ["--cache", folder]) as (url, _):
             real = run(["bench", url], load, own / "real.json")
         told = ["--stages", arguments.pp, "--cache", folder]
         simulated = run(["simulate", *told], load, own / "simulated.json")
