@@ -57,18 +57,25 @@ class Expiries:
             if budget.ttft_ms is not None:
                 first_by = request.arrival_time + budget.ttft_ms / 1e3
             return min(first_by, deadline) - self._best_prefill_s(request)
+        again_s = self._best_replay_s(request)
+        deadline -= again_s
         if budget.tpot_ms is None or sampling.max_tokens == 1:
             return deadline
         # The mean of all tokens that may come: those still to come can make up for the others.
         late = request.first_token_time + budget.tpot_ms / 1e3 * (sampling.max_tokens - 1)
         num_left = sampling.max_tokens - request.num_output_tokens - request.is_token_in_flight
-        return min(deadline, late - num_left * token_s)
+        return min(deadline, late - again_s - num_left * token_s)
 
     def _best_token_s(self, request: Request) -> float:
         if not self._model.is_ready:
             return 0.0
         decode = StepLoad(0, 1, len(request.token_ids), 0)
         return BEST_CASE * self._model.expected_trip_seconds(decode)
+
+    def _best_replay_s(self, request: Request) -> float:
+        """What it has to compute again before its next token, whose own step is not counted."""
+        is_behind = len(request.token_ids) - request.num_computed_tokens > 1
+        return self._best_prefill_s(request) if is_behind else 0.0
 
     def _best_prefill_s(self, request: Request) -> float:
         """What is left to plan of its prompt; what is in flight may be back at once."""

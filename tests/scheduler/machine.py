@@ -124,10 +124,7 @@ class Machine:
                 self.arrive(coming.popleft())
             while self._in_flight and self._in_flight[0].end <= self.now:
                 self._commit(self._in_flight.popleft().plan)
-            for output in self.scheduler.expire(self.now):
-                self._take(output)
-            while (plan := self.scheduler.plan(self.now)) is not None:
-                self._submit(plan)
+            self._go_on()
         self.scheduler.check()
         assert self.scheduler.stats().num_used_kv_blocks == 0
 
@@ -138,6 +135,19 @@ class Machine:
         except BudgetRefused as error:
             visit.refusal, visit.end = error, self.now
             self.on_refusal(visit)
+
+    def lose_everything(self) -> None:
+        """A worker dies, and is back at once: what was computed is gone, and what is in flight."""
+        self._in_flight.clear()
+        self._free_at = [self.now] * len(self.stages)
+        self.scheduler.requeue_all(self.now)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        for output in self.scheduler.expire(self.now):
+            self._take(output)
+        while (plan := self.scheduler.plan(self.now)) is not None:
+            self._submit(plan)
 
     def _next_event(self, coming: deque[Visit]) -> float:
         times = [visit.arrival for visit in list(coming)[:1]]
