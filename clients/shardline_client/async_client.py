@@ -17,7 +17,7 @@ from shardline_client.requests import (
 )
 from shardline_client.results import Completion, Model, Tokens
 from shardline_client.retries import attempts
-from shardline_client.settings import ClientOptions, Settings
+from shardline_client.settings import ClientOptions, Patience, Settings
 from shardline_client.stream import AsyncStream
 from shardline_client.transport import Transport, open_transport
 
@@ -33,6 +33,7 @@ class AsyncClient:
 
     def __init__(self, url: str, **options: Unpack[ClientOptions]) -> None:
         self.settings = Settings(url=url, **options)
+        self._has_own_timeout = "timeout_s" in options
         self._transport: Transport | None = None
         self._is_closed = False
         self._streams: dict[str, AsyncStream] = {}
@@ -122,8 +123,11 @@ class AsyncClient:
         return options.get("request_id") or uuid.uuid4().hex, model
 
     def _stream(self, request: Generate, options: Mapping[str, Any]) -> AsyncStream:
-        timeout_s = options.get("timeout_s", self.settings.timeout_s)
-        return AsyncStream(request, self, self.settings.retry, timeout_s)
+        patience = Patience(
+            limit_s=options.get("timeout_s", self.settings.timeout_s),
+            is_told="timeout_s" in options or self._has_own_timeout,
+        )
+        return AsyncStream(request, self, self.settings.retry, patience)
 
     async def _call(self, method: Callable[[Transport, float | None], Awaitable[T]]) -> T:
         timeout_s = self.settings.timeout_s

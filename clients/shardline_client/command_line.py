@@ -25,7 +25,7 @@ _CONNECTION: tuple[Decorator, ...] = (
     click.argument("url"),
     click.option("--model", help="[default: the server's first model]"),
     click.option("--api-key", envvar="SHARDLINE_API_KEY", show_envvar=True),
-    click.option("--timeout", "timeout_s", type=float, default=600.0, help="seconds, to the end"),
+    click.option("--timeout", "timeout_s", type=float, help="seconds, to the end; 600 if not said"),
     click.option("--ca-file", type=_PATH, help="PEM authorities to trust instead of the system's"),
     click.option("--cert-file", type=_PATH, help="PEM certificate to show"),
     click.option("--key-file", type=_PATH, help="its private key"),
@@ -242,12 +242,14 @@ def _connection(values: dict[str, Any]) -> "ClientOptions":
     from shardline_client.settings import Tls
 
     files = {name: values.pop(name) for name in ("ca_file", "cert_file", "key_file")}
-    return {
+    options: ClientOptions = {
         "model": values.pop("model"),
         "api_key": values.pop("api_key"),
-        "timeout_s": values.pop("timeout_s"),
         "tls": Tls(**files) if any(files.values()) else None,
     }
+    if (timeout_s := values.pop("timeout_s")) is not None:
+        options["timeout_s"] = timeout_s
+    return options
 
 
 def _sampling(values: dict[str, Any]) -> dict[str, Any]:

@@ -49,12 +49,25 @@ class Retry:
             raise ValueError(f"max_attempts is {self.max_attempts}; it must be at least 1.")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Patience:
+    """How long a request may take, its retries included (None: no end).
+
+    Over gRPC a server takes the call's deadline for a latency budget, and refuses what it cannot
+    keep: so it is told of a limit only if that is the user's own, not the default.
+    """
+
+    limit_s: float | None
+    is_told: bool
+
+
 class ClientOptions(TypedDict, total=False):
     """What a client takes beside its address.
 
     api_key            sent as a bearer token
     model              for requests that name none; without it, the server's first model
-    timeout_s          from a call to its last token, retries included; None: no end. Default 600
+    timeout_s          from a call to its last token, retries included; None: no end. Default 600.
+                       Over gRPC, one that is given is the call's deadline, and so a latency budget
     connect_timeout_s  for one attempt to connect. Default 5
     retry, tls         as they say
     openai_only        send only fields that OpenAI has, for other servers; token ids stay unknown

@@ -10,7 +10,7 @@ from shardline_client.errors import ClientError, ConnectionFailed, RequestTimeou
 from shardline_client.requests import Generate
 from shardline_client.results import BudgetOutcome, Collector, Completion, Piece, Usage
 from shardline_client.retries import attempts
-from shardline_client.settings import Retry
+from shardline_client.settings import Patience, Retry
 from shardline_client.transport import Generated, Transport
 
 
@@ -34,13 +34,11 @@ class AsyncStream:
     with` around it, or `aclose()`, waits until that is done.
     """
 
-    def __init__(
-        self, request: Generate, owner: Owner, retry: Retry, timeout_s: float | None
-    ) -> None:
+    def __init__(self, request: Generate, owner: Owner, retry: Retry, patience: Patience) -> None:
         self._request = request
         self._owner = owner
         self._retry = retry
-        self._timeout_s = timeout_s
+        self._patience = patience
         self._collector = Collector(num_choices=request.num_choices)
         self._parts: AsyncGenerator[Generated, None] | None = None
         self._deadline: float | None = None
@@ -112,8 +110,8 @@ class AsyncStream:
 
     async def _run(self) -> AsyncGenerator[Piece, None]:
         self._owner.register(self)
-        if self._timeout_s is not None:
-            self._deadline = asyncio.get_running_loop().time() + self._timeout_s
+        if self._patience.limit_s is not None:
+            self._deadline = asyncio.get_running_loop().time() + self._patience.limit_s
         try:
             while (part := await self._next()) is not None:
                 self._collector.add(part)
@@ -136,7 +134,9 @@ class AsyncStream:
         except TimeoutError as error:
             if self._is_stopped:
                 return None
-            raise RequestTimeout(f"The answer took more than {self._timeout_s} s.") from error
+            raise RequestTimeout(
+                f"The answer took more than {self._patience.limit_s} s."
+            ) from error
         finally:
             self._step = None
 
@@ -144,7 +144,7 @@ class AsyncStream:
         """The first part; only until then is anything tried again."""
         async for attempt in attempts(self._retry):
             with attempt:
-                parts = self._owner.open().generate(self._request, self._remaining_s)
+                parts = self._owner.open().generate(self._request, self._told_s)
                 first = await anext(parts, None)
                 if first is None:
                     raise ConnectionFailed("The stream ended before it began.")
@@ -165,8 +165,9 @@ class AsyncStream:
         return self._is_left or self._is_aborted
 
     @property
-    def _remaining_s(self) -> float | None:
-        if self._deadline is None:
+    def _told_s(self) -> float | None:
+        """What is left, if the server is to know."""
+        if self._deadline is None or not self._patience.is_told:
             return None
         return max(0.0, self._deadline - asyncio.get_running_loop().time())
 

@@ -161,3 +161,19 @@ def test_the_command_line_asks_for_it(frontend_url, peer):
     peer.script = refuse("BudgetUnmet")
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "Error: it is so\n")
+
+
+@pytest.mark.parametrize("given", ["nowhere", "to the client", "to the call"])
+def test_a_timeout_is_a_deadline_over_grpc_if_somebody_has_asked_for_it(
+    make_client, frontend_url, door, peer, given
+):
+    client = make_client(
+        frontend_url, api_key="right", **({"timeout_s": 50} if given == "to the client" else {})
+    )
+    for ask in (client.complete, client.read_complete):
+        ask("the fox", max_tokens=1, **({"timeout_s": 50} if given == "to the call" else {}))
+        deadline_ms = peer.next_submit().budget.deadline_ms
+        if door == "http" or given == "nowhere":
+            assert deadline_ms is None
+        else:
+            assert 40_000 < deadline_ms < 60_000  # gRPC sends it in coarse units
