@@ -7,6 +7,7 @@ Guests do not count: they get what is left over.
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import inf, sqrt
 
 from .budget import BudgetPrediction, OnMiss
 from .capacity import Pricing
@@ -19,6 +20,9 @@ from .request import Request
 from .tenants import INPUT_WEIGHT, OUTPUT_WEIGHT, Tenants
 from .terms import Rank, Terms
 from .verdict import LEAST_WAIT_S, Ahead, Arrival, Judge
+
+# What one step in ten exceeds, so many times, is what one in two hundred does.
+_SURE = 2.0
 
 
 class Admission:
@@ -62,6 +66,7 @@ class Admission:
         if not request.budget.is_unlimited:
             terms.rank = Rank.PROMISED
             _aim(request, first_s, token_s, self._pricing.max_in_flight)
+            self._allow_for_spread(terms)
             if is_measured:
                 self._check(self._arrival(request, now, num_cached_tokens, ahead))
         self._take_in(request)
@@ -112,6 +117,18 @@ class Admission:
         self.ledger.check()
         promised = {request for request in self._charges if request.terms.is_promised}
         assert promised == set(self.ledger.requests), "promises to nobody, or forgotten ones"
+
+    def _allow_for_spread(self, terms: Terms) -> None:
+        """Planning adds what one step in ten exceeds. Over many tokens that averages out; the mean
+        of few, whose spread falls with the root of their number, needs about twice as much.
+        """
+        num_later = terms.num_planned_tokens - 1
+        if terms.seconds_per_token == inf or not self._pricing.model.is_ready:
+            return
+        ledger, pricing = self.ledger, self._pricing
+        spread = pricing.spread_of(pricing.share_of(len(ledger) + 1, ledger.num_tokens))
+        of_mean = _SURE * spread / sqrt(num_later * pricing.max_in_flight)
+        terms.seconds_per_token *= (1 + spread) / (1 + max(spread, of_mean))
 
     def _predict(
         self, request: Request, num_cached_tokens: int, ahead: Ahead

@@ -63,6 +63,11 @@ class Pricing:
         start += self.model.trip_overhead_s
         return Pace(start, capacity.step_s, capacity.work, self.max_in_flight)
 
+    def spread_of(self, decodes: StepLoad) -> float:
+        """The part of their expected time that planning adds for steps with these decodes."""
+        expected_s = self.model.expected_step_seconds(decodes)
+        return self.model.step_seconds(decodes) / expected_s - 1 if expected_s > 0 else 0.0
+
     def token_s(self, decodes: StepLoad) -> float:
         """The time per token of steps that only decode."""
         model = self.model

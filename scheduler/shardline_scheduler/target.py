@@ -5,7 +5,7 @@ slowly, and no step uses up the slack of a single request. While first tokens ar
 the time that admission found feasible; without, decodes set it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 from .capacity import Pricing
@@ -78,5 +78,15 @@ class TimeTarget:
             return most
         if num_tokens >= pricing.tile:
             num_tokens -= (load.num_prefill_tokens + num_tokens) % pricing.tile
+        if num_tokens == 1 and context and not self._has_time_for_decode(load, context):
+            num_tokens = 0
         is_needed = self._always and not load.num_tokens
         return max(num_tokens, min(most, pricing.tile) if is_needed else 0)
+
+    def _has_time_for_decode(self, load: StepLoad, context: int) -> bool:
+        """A single token behind others is computed like a decode, and may take longer than it does
+        as a part of a chunk.
+        """
+        with_it = replace(load)
+        with_it.add(1, context)
+        return self._pricing.model.step_seconds(with_it) <= self.step_s

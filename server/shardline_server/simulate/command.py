@@ -26,7 +26,7 @@ from shardline_scheduler import (
 )
 from shardline_server.errors import ConfigError
 from shardline_server.simulate.cluster import ROUTERS, Cluster
-from shardline_server.simulate.prices import make_noise
+from shardline_server.simulate.prices import knowing_spread, make_noise
 from shardline_server.simulate.replica import Replica, Visit
 from shardline_server.simulate.report import PipeSummary, print_pipes, summarize_pipes, write_pipes
 
@@ -83,8 +83,11 @@ def _simulate(
     rate: float | None,
     trace: Trace | None,
 ) -> tuple[Point, PipeSummary]:
+    known = knowing_spread(model, options.noise)
     replicas = [
-        Replica(options.scheduler, model, make_noise(options.noise, (load.seed, number)))
+        Replica(
+            options.scheduler, model, make_noise(options.noise, (load.seed, number)), known=known
+        )
         for number in range(options.num_replicas)
     ]
     cluster = Cluster(replicas, ROUTERS[options.router])

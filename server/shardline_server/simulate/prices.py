@@ -2,6 +2,8 @@
 
 import random
 from collections.abc import Sequence
+from copy import deepcopy
+from math import exp
 from pathlib import Path
 
 import msgspec
@@ -13,6 +15,7 @@ from shardline_server.errors import ConfigError
 from shardline_server.simulate.virtual_pipe import Noise
 
 _FOLDER = "step-costs"
+_NINE_OF_TEN = 1.2816  # standard deviations
 _UNITS = (StepLoad(), StepLoad(1), StepLoad(0, 1), StepLoad(0, 0, 1), StepLoad(0, 0, 0, 1))
 
 
@@ -69,6 +72,17 @@ def _repeated(model: PipeModel, num_stages: int | None, name: str) -> PipeModel:
         f"{name} is of {len(model.stages)} stages and --stages is {num_stages}; "
         "only the costs of one stage can stand for several"
     )
+
+
+def knowing_spread(model: PipeModel, spread: float) -> PipeModel:
+    """The model of a scheduler that has seen many steps with such noise: it plans with their 0.9
+    quantile.
+    """
+    known, margin = deepcopy(model), exp(_NINE_OF_TEN * spread - spread**2 / 2) - 1
+    for stage in known.stages:
+        for part in (stage.memory_bound, stage.compute_bound):
+            part.margin = max(part.margin, margin)
+    return known
 
 
 def make_noise(spread: float, seed: object) -> Noise:

@@ -64,13 +64,21 @@ class _InFlight:
 
 
 class Replica:
-    """Takes visits in, and moves on at the times that it asks for."""
+    """Takes visits in, and moves on at the times that it asks for.
+
+    Steps take what `model` says, times the noise; `known` is what the scheduler knows of that.
+    """
 
     def __init__(
-        self, config: SchedulerConfig, model: PipeModel, noise: Noise, start: float = 0.0
+        self,
+        config: SchedulerConfig,
+        model: PipeModel,
+        noise: Noise,
+        start: float = 0.0,
+        known: PipeModel | None = None,
     ) -> None:
         # A copy, since the scheduler learns how long trips take.
-        self.scheduler = Scheduler(config, cost_model=deepcopy(model))
+        self.scheduler = Scheduler(config, cost_model=deepcopy(known or model))
         self.pipe = VirtualPipe(model, noise, start)
         self.num_open = 0
         self.num_waiting_tokens = 0
