@@ -15,6 +15,7 @@ from .config import SchedulerConfig
 from .errors import BudgetImpossible, BudgetRefused, BudgetUnmet, TenantQuotaExceeded
 from .ledger import Ledger
 from .lengths import OutputLengths
+from .patience import Patience
 from .policy import Policy
 from .request import Request
 from .tenants import INPUT_WEIGHT, OUTPUT_WEIGHT, Tenants
@@ -44,6 +45,7 @@ class Admission:
         self._jitter = jitter
         self._judge = Judge(pricing, config.max_num_seqs, config.num_blocks)
         self._tenants = Tenants()
+        self._patience = Patience(config)
         self._charges: dict[Request, float] = {}
         self._nothing_promised = Ledger(config.block_size)
 
@@ -70,6 +72,30 @@ class Admission:
             if is_measured:
                 self._check(self._arrival(request, now, num_cached_tokens, ahead))
         self._take_in(request)
+
+    def promise_starving(self, now: float) -> Request | None:
+        """The guest, if any, who is promised something from now on since he has waited so long."""
+        if not (len(self.ledger) and self._pricing.model.is_ready and self._patience.is_time(now)):
+            return None
+        request = self._patience.find(self._charges, now)
+        if request is None:
+            return None
+        terms, prefill_s = request.terms, self._prefill_s(request)
+        due = self._patience.due(prefill_s, now) if _has_prompt_left(request) else None
+        old, terms.rank = terms.first_token_by, Rank.PROMISED
+        terms.first_token_by = inf if due is None else due
+        arrival = self._arrival(request, now, terms.num_cached_tokens, Ahead())
+        step_s = self._judge.find_step_s(self.ledger, arrival)
+        if step_s is None:
+            terms.rank, terms.first_token_by = Rank.UNLIMITED, old
+            self._patience.starving = request
+            return None
+        terms.prefill_s = prefill_s
+        self._tenants.begin_promise(request.tenant)
+        self.ledger.feasible_step_s = min(step_s, self.ledger.step_s)
+        self.ledger.add(request, self._place(request), prefill_s)
+        self._patience.help(request, due)
+        return request
 
     def start(self, request: Request) -> None:
         """It begins to run, with some of its prompt computed perhaps."""
@@ -109,6 +135,7 @@ class Admission:
             self._end_promise(request)
         if is_complete:
             self.lengths.observe(request)
+        self._patience.forget(request)
         spent = _cost(request.num_prompt_tokens, request.num_output_tokens)
         self._tenants.end(request.tenant, self._charges.pop(request) - spent)
 
@@ -140,7 +167,8 @@ class Admission:
         num_tokens = len(request.token_ids) - num_cached_tokens
         longest = pricing.longest_step_s(ledger.seconds_per_token, decodes)
         whole_s = pricing.step_s_of_prompt(decodes, num_tokens, num_cached_tokens)
-        capacity = pricing.capacity(min(longest, max(whole_s, ledger.step_s)), decodes)
+        step_s = min(longest, max(whole_s, ledger.step_s))
+        capacity = pricing.capacity(step_s, decodes, len(request.token_ids))
         before = ledger.demand.work_before(self._place(request)) + terms.prefill_s
         queue_s = before / (capacity.work or capacity.step_s) * capacity.step_s
         wait_s = ahead.wait_s(capacity.step_s, pricing.max_in_flight)
@@ -168,31 +196,48 @@ class Admission:
         """Hold the request against what is promised; refused or degraded, or the step time that
         suits everybody is taken over.
         """
-        ledger, request, judge = self.ledger, arrival.request, self._judge
-        step_s = judge.find_step_s(ledger, arrival)
-        if step_s is None:
-            on_its_own = replace(arrival, ahead=Ahead())
-            if judge.find_step_s(self._nothing_promised, on_its_own) is None:
-                return self._refuse(arrival, BudgetImpossible(request.budget, request.prediction))
-            wait_s = self._retry_after(judge.delay_s(ledger, arrival))
-            return self._refuse(arrival, BudgetUnmet(request.budget, request.prediction, wait_s))
-        reserve = self._tenants.reserve(request.tenant, arrival.now)
-        if reserve.num_requests or reserve.prefill_share:
+        step_s = self._judge.find_step_s(self.ledger, arrival)
+        objection = self._unmet(arrival) if step_s is None else self._objection(arrival)
+        if objection is None and step_s is not None:
+            self.ledger.feasible_step_s = step_s
+        elif objection is not None and arrival.request.budget.on_miss is OnMiss.REJECT:
+            raise objection
+        else:
+            arrival.request.terms.rank = Rank.DEGRADED
+
+    def _unmet(self, arrival: Arrival) -> BudgetRefused:
+        """Why a request is not taken in that does not fit."""
+        asked, predicted = arrival.request.budget, arrival.request.prediction
+        alone = replace(arrival, ahead=Ahead(), num_reserved=0, reserved_share=0.0)
+        alone = replace(alone, num_reserved_blocks=0)
+        if self._judge.find_step_s(self._nothing_promised, alone) is None:
+            return BudgetImpossible(asked, predicted)
+        shortage = self._judge.shortage(self.ledger, arrival)
+        wait_s = self._retry_after(shortage.delay_s)
+        return BudgetUnmet(asked, predicted, wait_s, shortage.reason)
+
+    def _objection(self, arrival: Arrival) -> BudgetRefused | None:
+        """What is kept for others, if a request that would fit leaves too little of it."""
+        request, ledger, judge = arrival.request, self.ledger, self._judge
+        if (starving := self._patience.starving) is not None:
             careful = replace(
-                arrival, num_reserved=reserve.num_requests, reserved_share=reserve.prefill_share
+                arrival,
+                num_reserved=1,
+                reserved_share=self._patience.share,
+                num_reserved_blocks=ledger.final_blocks(starving),
             )
             if judge.find_step_s(ledger, careful) is None:
-                wait_s = self._retry_after(judge.delay_s(ledger, careful))
-                error = TenantQuotaExceeded(
-                    request.tenant, request.budget, request.prediction, wait_s
-                )
-                return self._refuse(arrival, error)
-        ledger.feasible_step_s = step_s
-
-    def _refuse(self, arrival: Arrival, error: BudgetRefused) -> None:
-        if arrival.request.budget.on_miss is OnMiss.REJECT:
-            raise error
-        arrival.request.terms.rank = Rank.DEGRADED
+                return self._unmet(careful)
+        reserve = self._tenants.reserve(request.tenant, arrival.now)
+        if not (reserve.num_requests or reserve.prefill_share):
+            return None
+        careful = replace(
+            arrival, num_reserved=reserve.num_requests, reserved_share=reserve.prefill_share
+        )
+        if judge.find_step_s(ledger, careful) is not None:
+            return None
+        wait_s = self._retry_after(judge.shortage(ledger, careful).delay_s)
+        return TenantQuotaExceeded(request.tenant, request.budget, request.prediction, wait_s)
 
     def _retry_after(self, delay_s: float) -> float:
         return max(delay_s, LEAST_WAIT_S) * (1 + self._jitter())
@@ -219,11 +264,15 @@ class Admission:
         return self._policy.key(request), request.sequence
 
 
+def _has_prompt_left(request: Request) -> bool:
+    return len(request.token_ids) - request.num_computed_tokens > 1
+
+
 def _aim(request: Request, first_s: float, token_s: float, max_in_flight: int) -> None:
     """Split the limits of a budget into a due first token and a time for each later one.
 
     Of what a limit on the whole leaves over, prefill and decoding get half each. Until a request
-    has its place among the decodes of several steps in flight, it may lose a round.
+    has its place among the decodes of several steps in flight, it may lose all but one of a round.
     """
     budget, terms, now = request.budget, request.terms, request.arrival_time
     num_later = terms.num_planned_tokens - 1
@@ -239,8 +288,8 @@ def _aim(request: Request, first_s: float, token_s: float, max_in_flight: int) -
         if num_later:
             left_s = now + whole_s - terms.first_token_by
             terms.seconds_per_token = min(terms.seconds_per_token, left_s / num_later)
-    if max_in_flight > 1 and num_later:
-        terms.seconds_per_token *= num_later / (num_later + 1)
+    if num_later:
+        terms.seconds_per_token *= num_later / (num_later + 1 - 1 / max_in_flight)
 
 
 def _cost(num_input: int, num_output: int) -> float:

@@ -48,15 +48,28 @@ class Pricing:
     def step_s_of_prompt(self, decodes: StepLoad, num_tokens: int, context: int) -> float:
         """The time of a step that is sure to take so many tokens of a prompt at once."""
         whole = StepLoad(0, decodes.num_decodes, decodes.decode_context, 0)
-        whole.add_prefill(min(num_tokens + self.tile, self.max_num_tokens), context)
-        return self.model.step_seconds(whole)
+        whole.add_prefill(min(num_tokens + 1, self.max_num_tokens), context)
+        return self.model.step_seconds(whole) + self._rounding_s(num_tokens + context)
 
-    def capacity(self, step_s: float, decodes: StepLoad) -> Capacity:
-        """Of steps of that time, each with these decodes."""
-        num_tokens = self.model.tokens_within(step_s, decodes, 0) - (self.tile - 1)
-        num_tokens = min(num_tokens, self.max_num_tokens - decodes.num_decodes)
-        work = self.model.prefill_seconds(num_tokens, 0) if num_tokens > 0 else 0.0
+    def capacity(self, step_s: float, decodes: StepLoad, longest: int) -> Capacity:
+        """Of steps of that time, each with these decodes, for prompts of up to `longest` tokens."""
+        # With several stages another one may be the slowest behind long contexts, with less work
+        # in the measure of the first.
+        contexts = (0, longest) if len(self.model.stages) > 1 else (0,)
+        work = min(self._work_within(step_s, decodes, context) for context in contexts)
+        work = max(0.0, work - self._rounding_s(longest))
         return Capacity(step_s, self.model.step_seconds(decodes), work)
+
+    def _work_within(self, step_s: float, decodes: StepLoad, context: int) -> float:
+        num_tokens = self.model.tokens_within(step_s, decodes, context)
+        num_tokens = min(num_tokens, self.max_num_tokens - decodes.num_decodes)
+        return self.model.prefill_seconds(num_tokens, context) if num_tokens > 0 else 0.0
+
+    def _rounding_s(self, context: int) -> float:
+        """What is lost of a step by rounding a chunk down to tiles, at most: tokens cost more the
+        more there are before them.
+        """
+        return self.model.prefill_seconds(self.tile - 1, context) if self.tile > 1 else 0.0
 
     def pace(self, capacity: Capacity, start: float) -> Pace:
         """How prefill work gets on from `start`, the pipe being full; there must be capacity."""

@@ -68,12 +68,19 @@ class BudgetImpossible(BudgetRefused):
 
 
 class BudgetUnmet(BudgetRefused):
-    """The budget cannot be kept now; after `retry_after_s` it could, if the load stays as it is."""
+    """The budget cannot be kept now; after `retry_after_s` it could, if the load stays as it is.
+
+    `reason` says what is short: predictions alone would look as if there were room.
+    """
 
     def __init__(
-        self, asked: LatencyBudget, predicted: BudgetPrediction, retry_after_s: float
+        self,
+        asked: LatencyBudget,
+        predicted: BudgetPrediction,
+        retry_after_s: float,
+        reason: str,
     ) -> None:
-        super().__init__("the latency budget cannot be kept now", asked, predicted)
+        super().__init__(f"the latency budget cannot be kept now ({reason})", asked, predicted)
         self.retry_after_s = retry_after_s
 
 

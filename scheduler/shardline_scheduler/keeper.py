@@ -57,6 +57,10 @@ class Keeper(Protocol):
         """It is a guest from now on."""
         ...
 
+    def promise_starving(self, now: float) -> Request | None:
+        """A guest who is promised something from now on, if there is one whose time it is."""
+        ...
+
     def pop_hopeless(self, now: float) -> list[Request]:
         """Promised requests that cannot keep their budgets any more, once each."""
         ...
@@ -102,6 +106,10 @@ class NoBudgets:
 
     def degrade(self, request: Request) -> None:
         """Nothing to do."""
+
+    def promise_starving(self, now: float) -> Request | None:
+        """Nobody: everybody is a guest."""
+        return None
 
     def pop_hopeless(self, now: float) -> list[Request]:
         """Nobody: late is late."""
@@ -175,6 +183,10 @@ class BudgetKeeper:
         """It is a guest from now on."""
         self._admission.degrade(request)
 
+    def promise_starving(self, now: float) -> Request | None:
+        """One who has not got on for seconds, while others are promised all there is."""
+        return self._admission.promise_starving(now)
+
     def pop_hopeless(self, now: float) -> list[Request]:
         """Those that cannot make it any more, by what an empty server would need."""
         return self._expiries.pop_hopeless(now)
@@ -188,7 +200,7 @@ class BudgetKeeper:
         if not len(ledger.demand):
             return longest_s
         step_s = min(ledger.step_s, longest_s)
-        capacity = pricing.capacity(step_s, load)
+        capacity = pricing.capacity(step_s, load, ledger.longest_prompt)
         if capacity.work <= 0:
             return 0.0
         slack_s = _SLACK_STEPS * pricing.max_in_flight * step_s

@@ -26,7 +26,8 @@ class _Share:
 class Ledger:
     """Sums over all promised requests; every change is O(log n).
 
-    `feasible_step_s` is the step time that the demand was last found feasible with.
+    `feasible_step_s` is the step time that the demand was last found feasible with,
+    `longest_prompt` the most tokens that one had to compute since nobody was promised anything.
     """
 
     block_size: int
@@ -36,6 +37,7 @@ class Ledger:
     num_blocks: int = 0
     _shares: dict[Request, _Share] = field(default_factory=dict)
     _token_limits: Counter[float] = field(default_factory=Counter)
+    longest_prompt: int = 0
     _tightest: float | None = None
     _guard_s: float = inf
     _guard_until: float = NEVER
@@ -83,11 +85,13 @@ class Ledger:
         """A request is promised."""
         terms = request.terms
         self._add_share(request)
+        self.longest_prompt = max(self.longest_prompt, len(request.token_ids))
         self._token_limits[terms.seconds_per_token] += 1
         if self._tightest is not None:
             self._tightest = min(self._tightest, terms.seconds_per_token)
         if terms.first_token_by < inf:
             self.demand.put(request, place, terms.first_token_by, prefill_s)
+        if terms.first_token_by < inf and not request.budget.is_unlimited:
             self._guard_s = terms.first_token_by - request.arrival_time
             self._guard_until = request.arrival_time + _GUARD_S
 
@@ -100,6 +104,8 @@ class Ledger:
         """It is over, or not promised any more."""
         limit = request.terms.seconds_per_token
         self._remove_share(request)
+        if not self._shares:
+            self.longest_prompt = 0
         self.demand.remove(request)
         self._token_limits[limit] -= 1
         if not self._token_limits[limit]:

@@ -40,6 +40,8 @@ class Planner:
 
     def fill(self, step_id: int, now: float) -> Step:
         """The step, perhaps with nothing in it."""
+        if (request := self._keeper.promise_starving(now)) is not None:
+            self._seating.begin_promise(request)
         step = Step(step_id, self._keeper.cost, self._memory)
         victims = Victims(self._running, self._policy, step_id, now)
         self._plan_decodes(step, victims, now)

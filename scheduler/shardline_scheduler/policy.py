@@ -21,7 +21,8 @@ class Policy(Protocol):
 
     def key(self, request: Request) -> Key:
         """Smallest is served first, and never preempted by a larger one: so somebody always gets
-        on. It must not change, but for the one time that a request gives up its budget.
+        on. It must not change, but when a request gives up its budget, or is promised something
+        after all; each of which happens once.
         """
         ...
 

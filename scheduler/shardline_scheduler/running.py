@@ -68,6 +68,16 @@ class RunningRequests:
         if request.terms.is_promised:
             self._num_promised_decodes += 1
 
+    def begin_promise(self, request: Request) -> None:
+        """A running guest is promised something."""
+        index, (promised, guests) = request.request_index, self._decodes
+        if index in self._prefills:
+            return
+        self._num_promised_decodes += 1
+        if not request.is_token_in_flight:
+            guests.remove(index)
+            promised.append(index)
+
     def end_promise(self, request: Request) -> None:
         """A running request becomes a guest."""
         index, (promised, guests) = request.request_index, self._decodes

@@ -6,7 +6,7 @@ from .config import SchedulerConfig
 from .memory import KvMemory
 from .policy import Policy
 from .queue import WaitingQueue
-from .request import Request
+from .request import Request, RequestState
 from .running import RunningRequests
 
 
@@ -26,6 +26,13 @@ class Seating:
         request = self.waiting.pop()
         request.start(next(self._indexes), self.memory.admit(request, prefix))
         self.running.add(request)
+
+    def begin_promise(self, request: Request) -> None:
+        """A guest is promised something from now on."""
+        if request.state is RequestState.RUNNING:
+            self.running.begin_promise(request)
+        else:
+            self.waiting.move(request)
 
     def release(self, request: Request) -> None:
         """Take a running request off the workers and out of memory."""

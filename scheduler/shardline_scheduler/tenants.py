@@ -79,6 +79,10 @@ class Tenants:
         self._counters[tenant] -= unspent
         self._alive[tenant] -= 1
 
+    def begin_promise(self, tenant: str) -> None:
+        """A request that was taken in without a promise has got one."""
+        self._promised[tenant] += 1
+
     def end_promise(self, tenant: str) -> None:
         """A promised request is over, or not promised any more."""
         self._promised[tenant] -= 1

@@ -31,8 +31,8 @@ class Ahead:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arrival:
-    """A request at the door. `num_reserved` requests and a `reserved_share` of the time have to
-    stay free beside it.
+    """A request at the door. `num_reserved` requests, a `reserved_share` of the time for prompts,
+    and `num_reserved_blocks` of memory have to stay free beside it.
     """
 
     request: Request
@@ -42,6 +42,7 @@ class Arrival:
     ahead: Ahead
     num_reserved: int = 0
     reserved_share: float = 0.0
+    num_reserved_blocks: int = 0
 
     @property
     def num_uncached_tokens(self) -> int:
@@ -55,6 +56,14 @@ class Arrival:
         return Newcomer(self.place, terms.first_token_by, terms.prefill_s)
 
 
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """Why a request does not fit, in words, and how much later it would."""
+
+    delay_s: float
+    reason: str
+
+
 class Judge:
     """Asks a ledger; one judgement is O(n) in what is promised, and changes nothing."""
 
@@ -65,7 +74,11 @@ class Judge:
 
     def find_step_s(self, ledger: Ledger, arrival: Arrival) -> float | None:
         """A step time with which everybody is in time beside what the ledger promises, if any."""
-        if self._delay_of_others(ledger, arrival) > 0:
+        if (
+            self._delay_of_seats(ledger, arrival) > 0
+            or self._delay_of_decodes(ledger, arrival) > 0
+            or self._delay_of_memory(ledger, arrival) > 0
+        ):
             return None
         has_limit, newcomer = arrival.newcomer.due < inf, arrival.newcomer
         for pace in self._paces(ledger, arrival):
@@ -73,17 +86,32 @@ class Judge:
                 return pace.step_s
         return None
 
-    def delay_s(self, ledger: Ledger, arrival: Arrival) -> float:
-        """How much later a request that does not fit now would, the load being as it is."""
-        delay_s = self._delay_of_others(ledger, arrival)
-        return delay_s if delay_s > 0 else self._delay_of_prefill(ledger, arrival)
+    def shortage(self, ledger: Ledger, arrival: Arrival) -> Shortage:
+        """What a request that does not fit now has to wait for, the load being as it is."""
+        others = self._shortages(ledger, arrival)
+        worst = max(others, key=lambda shortage: shortage.delay_s)
+        if worst.delay_s > 0:
+            return worst
+        return Shortage(self._delay_of_prefill(ledger, arrival), "too much is promised before it")
 
-    def _delay_of_others(self, ledger: Ledger, arrival: Arrival) -> float:
-        return max(
-            self._delay_of_seats(ledger, arrival),
-            self._delay_of_decodes(ledger, arrival),
-            self._delay_of_memory(ledger, arrival),
-        )
+    def _shortages(self, ledger: Ledger, arrival: Arrival) -> list[Shortage]:
+        """Of all but time for prompts."""
+        seats, blocks = self._max_num_seqs, self._num_blocks
+        return [
+            Shortage(
+                self._delay_of_seats(ledger, arrival),
+                f"at most {seats} requests run at once (max_num_seqs), and so many are promised it",
+            ),
+            Shortage(
+                self._delay_of_decodes(ledger, arrival),
+                "with one more of them, tokens would come too slowly to somebody",
+            ),
+            Shortage(
+                self._delay_of_memory(ledger, arrival),
+                f"KV memory is short, not time: {ledger.final_blocks(arrival.request)} blocks "
+                f"beside those that others will need are more than the {blocks} there are",
+            ),
+        ]
 
     def decodes_with(self, ledger: Ledger, arrival: Arrival) -> StepLoad:
         """A step's part of the decodes with the newcomer, and those that places are kept for.
@@ -129,11 +157,12 @@ class Judge:
 
     def _leaves_time(self, seconds_per_token: float, decodes: StepLoad) -> bool:
         step_s = self._pricing.longest_step_s(seconds_per_token, decodes)
-        return step_s > 0 and self._pricing.capacity(step_s, decodes).work > 0
+        return step_s > 0 and self._pricing.capacity(step_s, decodes, 0).work > 0
 
     def _delay_of_memory(self, ledger: Ledger, arrival: Arrival) -> float:
         """Until memory suffices for all promised requests at their peak."""
-        missing = ledger.num_blocks + ledger.final_blocks(arrival.request) - self._num_blocks
+        own = ledger.final_blocks(arrival.request) + arrival.num_reserved_blocks
+        missing = ledger.num_blocks + own - self._num_blocks
         if missing > 0:
             missing -= ledger.num_blocks - ledger.peak_blocks()
         if missing <= 0 or not len(ledger):  # Alone it fits, or is too long for any budget.
@@ -178,8 +207,9 @@ class Judge:
             min(longest, pricing.step_s_of_prompt(decodes, num_tokens, context)): None,
             min(longest, first_s / (STEPS_PER_LIMIT * pricing.max_in_flight)): None,
         }
+        prompt = max(ledger.longest_prompt, num_tokens + context)
         for step_s in wanted:
-            capacity = pricing.capacity(step_s, decodes)
+            capacity = pricing.capacity(step_s, decodes, prompt)
             yield Capacity(
                 step_s, capacity.decodes_s, capacity.work - arrival.reserved_share * step_s
             )

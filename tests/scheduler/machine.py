@@ -112,6 +112,10 @@ class Machine:
         self._in_flight: deque[Running] = deque()
         self._visits: dict[int, Visit] = {}
         self._by_index: dict[int, int] = {}
+        self._ends: dict[int, int] = {}
+        self._known: dict[int, int] = {}
+        self._awaiting: set[int] = set()
+        self.beginners: list[int] = []
 
     def run(self, visits: Iterable[Visit], until: float = inf) -> None:
         """Let all of them come and go."""
@@ -159,8 +163,13 @@ class Machine:
 
     def _submit(self, plan: StepPlan) -> None:
         load, end = StepLoad(), self.now
+        for index in plan.released:
+            self._awaiting.discard(index)
+            self._ends.pop(index, None)
         for new in plan.new_requests:
             self._by_index[new.request_index] = new.sampling.seed
+            self.beginners.append(new.sampling.seed)
+        self._assert_in_order(plan)
         for part in plan.scheduled:
             load.add(part.num_scheduled_tokens, part.num_computed_tokens)
         for i, prices in enumerate(self.stages):
@@ -171,7 +180,22 @@ class Machine:
                 self.scheduler.observe(plan.step_id, i, seconds)
         self._in_flight.append(Running(plan, end))
 
+    def _assert_in_order(self, plan: StepPlan) -> None:
+        """Chunks follow each other and end where the prompt does; a token is awaited once."""
+        self._known |= {new.request_index: len(new.token_ids) for new in plan.new_requests}
+        for part in plan.scheduled:
+            index, end = part.request_index, part.num_computed_tokens + part.num_scheduled_tokens
+            assert index not in self._awaiting, "its token is not back"
+            start = self._ends.get(index, part.num_computed_tokens)
+            assert start == part.num_computed_tokens, "a chunk is left out or comes twice"
+            self._ends[index] = end
+            self._known[index] += len(part.token_ids)
+            assert part.samples == (end == self._known[index]), "chunks are not the prompt"
+            if part.samples:
+                self._awaiting.add(index)
+
     def _commit(self, plan: StepPlan) -> None:
+        self._awaiting -= {part.request_index for part in plan.scheduled if part.samples}
         tokens = [
             SampledToken(part.request_index, self._draw(part.request_index), None)
             for part in plan.scheduled

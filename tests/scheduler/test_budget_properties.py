@@ -1,15 +1,72 @@
 """What holds for latency budgets on any machine whose steps take exactly what the model says."""
 
+from collections import Counter
+from random import Random
+
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from shardline_scheduler import BudgetUnmet, LatencyBudget, OnMiss, TenantQuotaExceeded
 from shardline_scheduler.demand import Demand, Newcomer, Pace
+from shardline_scheduler.tenants import INPUT_WEIGHT, OUTPUT_WEIGHT
 
 from .machine import Machine, Prices, Visit, machine
+from .worlds import world
 
 pytestmark = pytest.mark.timeout(900)  # A failure is shrunk for up to five minutes.
+EXPLORING = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+# Not derandomised: every run looks at other worlds. What such a run has found is an example here.
+seeds = st.integers(0, 2**48)
+
+
+@given(seed=seeds)
+@example(seed=192)  # A step time from an earlier promise held back decodes.
+@EXPLORING
+def test_who_is_admitted_is_in_time_whoever_comes_later(seed: int) -> None:
+    """So admission has never accepted what cannot be kept. On the way the machine holds every plan
+    against the rules: chunks make up the prompt, and a decode is in flight once.
+    """
+    m, crowd = world(seed)
+    m.run(crowd)
+    for visit in crowd:
+        if visit.refusal is None:
+            assert len(visit.token_times) == visit.num_output, visit
+            if visit.budget.on_miss is OnMiss.REJECT:
+                assert visit.met, visit
+        else:
+            assert visit.budget.on_miss is OnMiss.REJECT and not visit.budget.is_unlimited
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 400), st.integers(1, 60)), min_size=8, max_size=60),
+    owners=st.randoms(use_true_random=False),
+    max_num_seqs=st.integers(1, 8),
+)
+@EXPLORING
+def test_tenants_with_a_backlog_are_served_alike(
+    sizes: list[tuple[int, int]], owners: Random, max_num_seqs: int
+) -> None:
+    """While both have somebody waiting, neither gets ahead by more than two of the largest."""
+    m = machine(max_num_seqs=max_num_seqs, num_blocks=2000)
+    crowd = [
+        Visit(i, 0.0, prompt, answer, tenant=owners.choice("aab"))
+        for i, (prompt, answer) in enumerate(sizes)
+    ]
+    m.run(crowd)
+    cost = {v.number: INPUT_WEIGHT * v.num_prompt + OUTPUT_WEIGHT * v.num_output for v in crowd}
+    served, waiting = Counter[str](), Counter(visit.tenant for visit in crowd)
+    for number in dict.fromkeys(m.beginners):
+        tenant = crowd[number].tenant
+        if min(waiting["a"], waiting["b"]) == 0:
+            break
+        waiting[tenant] -= 1
+        served[tenant] += cost[number]
+        assert abs(served["a"] - served["b"]) <= 2 * max(cost.values())
+
+
 IN_TIME = settings(
     max_examples=100, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -65,19 +122,6 @@ def visits(draw: st.DrawFn) -> list[Visit]:
             )
         )
     return made
-
-
-@given(m=machines(), crowd=visits())
-@IN_TIME
-def test_who_is_admitted_is_in_time_whoever_comes_later(m: Machine, crowd: list[Visit]) -> None:
-    m.run(crowd)
-    for visit in crowd:
-        if visit.refusal is None:
-            assert len(visit.token_times) == visit.num_output, visit
-            if visit.budget.on_miss is OnMiss.REJECT:
-                assert visit.met, visit
-        else:
-            assert visit.budget.on_miss is OnMiss.REJECT and not visit.budget.is_unlimited
 
 
 @given(m=machines(), crowd=visits())

@@ -1,5 +1,6 @@
 """Latency budgets on a virtual clock, one readable behaviour at a time."""
 
+from math import exp
 from random import Random
 
 import pytest
@@ -13,7 +14,7 @@ from shardline_scheduler import (
     Priority,
 )
 
-from .machine import ONE_STAGE, Machine, Visit, machine
+from .machine import ONE_STAGE, Machine, Visit, exact_model, machine
 
 
 def visits_at_rate(
@@ -203,8 +204,68 @@ def test_memory_at_its_peak_is_a_reason_to_refuse():
     m.run(visits)
     kinds = [type(visit.refusal) for visit in visits]
     assert kinds == [type(None), type(None), BudgetUnmet, BudgetUnmet]
+    assert "KV memory is short, not time: 20 blocks" in str(visits[2].refusal)
+    assert "the 40 there are" in str(visits[2].refusal)
     assert all(visit.met for visit in visits if visit.refusal is None)
     assert m.scheduler.stats().num_preemptions == 0
+
+
+@pytest.mark.parametrize(
+    ("limits", "settings", "reason"),
+    [
+        ({"ttft_ms": 1000}, {}, "too much is promised before it"),
+        ({"tpot_ms": 16}, {}, "tokens would come too slowly"),
+        ({"ttft_ms": 60_000}, {"max_num_seqs": 2}, "at most 2 requests run at once"),
+    ],
+)
+def test_a_refusal_says_what_is_short(
+    limits: dict[str, float], settings: dict[str, int], reason: str
+):
+    m = machine(**settings)
+    visits = [Visit(i, 0.001 * i, 400, 50, LatencyBudget(**limits)) for i in range(12)]
+    m.run(visits)
+    refused = [visit for visit in visits if visit.refusal is not None]
+    assert refused and all(reason in str(visit.refusal) for visit in refused)
+    assert all(visit.met for visit in visits if visit.refusal is None)
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_num_seqs": 16}, {"num_blocks": 300}])
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_requests_without_limits_get_on_while_others_are_promised_all_there_is(
+    num_stages: int, settings: dict[str, int]
+):
+    """For a minute three times what can be served is asked for, with limits."""
+    stage = tuple(price / num_stages for price in ONE_STAGE)
+    m = machine([stage] * num_stages, **settings)
+    hard = visits_at_rate(20, 60, Random(2), TIGHT)
+    guests = visits_at_rate(0.3, 60, Random(3), LatencyBudget(), first=5000)
+    m.run([*hard, *guests])
+    waits = [guest.token_times[0] - guest.arrival for guest in guests]
+    assert max(waits) < 10 and max(guest.end - guest.arrival for guest in guests) < 30
+    admitted = [visit for visit in hard if visit.refusal is None]
+    assert len(admitted) > 200 and all(visit.met for visit in admitted)
+
+
+@pytest.mark.parametrize("num_output", [2, 3, 7])
+def test_short_answers_keep_their_promises_though_steps_vary(num_output: int):
+    """The mean of few tokens varies more than that of many."""
+    random, spread, tight = Random(1), 0.1, LatencyBudget(ttft_ms=1500, tpot_ms=60)
+    model = exact_model((ONE_STAGE,))
+    (stage,) = model.stages
+    stage.memory_bound.margin = stage.compute_bound.margin = exp(1.28 * spread) - 1
+    m = Machine(
+        machine(model=model).scheduler,
+        (ONE_STAGE,),
+        noise=lambda: random.lognormvariate(-(spread**2) / 2, spread),
+    )
+    gaps, time, visits = Random(3), 0.0, []
+    for i in range(800):
+        time += gaps.expovariate(1 / 0.15)
+        visits.append(Visit(i, time, 256, num_output, tight))
+    m.run(visits)
+    admitted = [visit for visit in visits if visit.refusal is None]
+    assert len(admitted) > 400
+    assert sum(visit.met for visit in admitted) >= 0.998 * len(admitted)
 
 
 def test_cached_prompt_tokens_count_for_nothing():
