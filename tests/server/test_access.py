@@ -1,5 +1,6 @@
 """Who may come in, over both doors: keys and their file, TLS, origins, the admin port, the logs."""
 
+import hmac
 import logging
 import re
 import signal
@@ -15,7 +16,8 @@ from tests.server.running import running_frontend
 
 from shardline_client import Client, Tls
 from shardline_client.errors import AuthenticationFailed, ConnectionFailed
-from shardline_server.api_keys import read_keys
+from shardline_server import errors
+from shardline_server.api_keys import ApiKeys, read_keys
 from shardline_server.door_config import DoorConfig, TlsFiles
 from shardline_server.errors import ConfigError
 from shardline_server.messages import FinishReason
@@ -143,6 +145,18 @@ def test_a_key_file_that_is_no_use_is_refused_and_shows_no_key(tmp_path, content
     with pytest.raises(ConfigError, match=words) as caught:
         read_keys(DoorConfig(api_key_file=file))
     assert "k" not in caught.value.message.replace(str(file), "").split()
+
+
+def test_every_key_is_compared_in_full_whichever_is_right(monkeypatch):
+    """Else the time that a refusal takes would tell how near a guess was."""
+    keys, compared = ApiKeys({"zero": "a", "one": "b", "two": "c"}), []
+    real = hmac.compare_digest
+    monkeypatch.setattr(hmac, "compare_digest", lambda *two: compared.append(two) or real(*two))
+    assert [keys.tenant_of(key, None) for key in ("zero", "one", "two")] == ["a", "b", "c"]
+    with pytest.raises(errors.AuthenticationFailed):
+        keys.tenant_of("none of them", None)
+    assert len(compared) == 12
+    assert {len(digest) for two in compared for digest in two} == {32}
 
 
 def test_a_file_that_became_useless_changes_no_key(peer, tokenizer_folder, tmp_path, caplog):

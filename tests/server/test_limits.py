@@ -11,6 +11,7 @@ from tests.server.peer import WAIT_S, delta, silence
 from tests.server.running import running_frontend
 
 from shardline_server.door_config import DoorConfig, DoorLimits
+from shardline_server.engine_client import DeltaStream
 from shardline_server.messages import FinishReason
 from shardline_server.protos.shardline.v1 import generation_pb2 as pb
 from shardline_server.protos.shardline.v1.generation_pb2_grpc import GenerationStub
@@ -150,6 +151,14 @@ def test_a_slow_second_request_on_a_connection_is_ended_too(limited):
     assert b"HTTP/1.1 408" in received
 
 
+def test_a_grpc_connection_that_says_nothing_is_closed(limited, stub):
+    with socket.create_connection(
+        (limited.addresses.host, limited.addresses.grpc_port), timeout=WAIT_S
+    ) as connection:
+        read_all(connection)
+    assert stub.Generate(pb.GenerateRequest(text="x", sampling={"max_tokens": 1})).usage
+
+
 def test_an_answer_may_take_longer_than_a_request(limited, peer):
     """Another connection, that says nothing, shows when the time of a request is over."""
     peer.script = silence
@@ -242,6 +251,15 @@ def test_a_client_that_stops_reading_is_cut_off_and_frees_its_request(limited, h
             error = error_of(lambda: list(kept))
             assert error.code() is grpc.StatusCode.ABORTED
             assert "Nothing was read for 0.5 s" in error.details()
+
+
+def test_of_what_is_not_read_no_more_is_kept_than_the_limit():
+    aborted = []
+    stream = DeltaStream(["a", "b"], aborted.extend, max_unread=5)
+    for index in range(1000):
+        stream.put(delta("a", index, [300]))
+        assert stream._queue.qsize() <= 10
+    assert sorted(set(aborted)) == ["a", "b"]
 
 
 @pytest.mark.parametrize("door", ["http", "grpc"])
