@@ -1,5 +1,6 @@
 """Latency budgets through both doors: as they are asked for, refused, missed and told about."""
 
+import itertools
 import json
 
 import grpc
@@ -7,6 +8,7 @@ import httpx
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
+from tests.server.conftest import running_engine_process
 from tests.server.peer import delta, echo
 from tests.server.running import running_frontend
 
@@ -428,3 +430,28 @@ def test_without_keys_a_tenant_names_itself(http, stub, peer):
     assert (response.status_code, response.json()["error"]["param"]) == (400, "X-Tenant")
     error = error_of(lambda: stub.Generate(rpc_request(), metadata=[("x-tenant", "a b")]))
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.fixture
+def measured(tiny_model, tmp_path):
+    """The real engine, which has measured what its steps take before the first request."""
+    with (
+        running_engine_process(tiny_model, measure_seconds=1.0, cache=tmp_path) as engine,
+        running_frontend(engine.read_endpoint(), tiny_model) as running,
+    ):
+        yield running
+
+
+def test_what_even_an_empty_server_cannot_keep_is_refused_as_impossible(measured):
+    for limit, prompt in itertools.product(("ttft_ms", "deadline_ms"), ([5], [5] * 100)):
+        budget = {limit: 0.001}
+        answer = httpx.post(
+            f"{measured.addresses.http_url}/v1/completions",
+            json={"prompt": prompt, "max_tokens": 2, "latency_budget": budget},
+        )
+        assert (answer.status_code, answer.json()["error"]["code"]) == (422, "budget_impossible")
+        with grpc.insecure_channel(measured.addresses.grpc_target) as channel:
+            request = pb.GenerateRequest(token_ids={"ids": prompt}, latency_budget=budget)
+            with pytest.raises(grpc.RpcError) as caught:
+                GenerationStub(channel).Generate(request)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
