@@ -78,7 +78,7 @@ protos: setup  ## generate the gRPC stubs from the .proto files
 	  build(Path('clients/shardline_client/protos'), 'shardline_client.protos')"
 
 # PEERS=/path/to/peers holds other servers (see bench/servers.py); without it only ours run.
-chaos: setup  ## ten minutes of random kills and stops under load; ARGS="--seconds 60 --seed 3"
+chaos: setup  ## ten minutes of kills, stops and cuts under load; ARGS="--seconds 60 --seed 3"
 	@$(BIN)/python -m tests.server.chaos $(ARGS)
 
 bench-peers: setup  ## ours beside other servers, PEERS=FOLDER; results in build/bench

@@ -227,13 +227,14 @@ class Scheduler:
         return sum(self.cost_model.trip_seconds(step.load) for step in self._in_flight)
 
     def strike(self, request_indexes: Iterable[int]) -> list[Request]:
-        """A worker died in the step of these; returns those that this has happened to twice.
+        """A worker died in the step of these, or several at once; returns those that this has
+        happened to twice.
 
         Until it gets its next token, a request with a strike shares a step with no other such one:
         so the second death is told from bad company.
         """
         guilty = []
-        for index in request_indexes:
+        for index in dict.fromkeys(request_indexes):
             if (request := self._running.get(index)) is not None:
                 request.num_strikes += 1
                 if request.num_strikes == MAX_STRIKES:

@@ -1,14 +1,17 @@
 """A server under load whose parts are killed and stopped at random: `make chaos`.
 
-Every offered request must have exactly one outcome, every completed one must say what it says
-alone, and in the end nothing may be left: no block, no request, no process, no descriptor.
+As root it has two hosts, and the wire between them is cut and slowed as well. Every offered request
+must have exactly one outcome, every completed one must say what it says alone, and in the end
+nothing may be left: no block, no request, no process, no descriptor, no memory.
 """
 
 import argparse
 import asyncio
 import contextlib
+import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +25,7 @@ from pathlib import Path
 import httpx
 import psutil
 from tests.server.conftest import build_tokenizer
+from tests.server.namespaces import DOOR_ADDRESS, HEAD_ADDRESS, Hosts, two_hosts
 from tests.tiny import save_tiny
 
 from shardline_client import AsyncClient, ClientError, Retry
@@ -32,62 +36,108 @@ PROMPTS = ("The", "The quick brown", "Pack my box with five", "These stops")
 NUM_SEEDS = 3
 OPTIONS = {"max_tokens": 60, "ignore_eos": True}
 MAX_DEATHS_A_MINUTE = 2  # of one worker; a third ends the server, as it should
+MINUTE_S = 75.0  # the server counts from when it holds one dead, which takes a while for a hang
+LONGEST_CUT_S = 0.8  # resent packets then come before a node counts as gone after 3 s
+MAX_GROWTH = 0.1  # of memory; heaps keep what bursts have needed once
+WORKER = "shardline: worker"
+RENDEZVOUS_PORT = 29800
 Request = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a server takes while it is idle."""
+
+    processes: list[str]
+    num_descriptors: int
+    memory_mb: float
 
 
 @dataclass
 class Server:
-    """`shardline serve` in two stages, with both doors."""
+    """`shardline serve` in stages, with both doors; perhaps with another node beside it."""
 
-    process: subprocess.Popen[str]
+    processes: list[subprocess.Popen[str]]
     http: str
     grpc: str
+    hosts: Hosts | None
 
-    def parts(self) -> list[psutil.Process]:
-        """Engine, workers and spare, as far as they can be seen now."""
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def workers(self) -> dict[str, psutil.Process]:
+    def parts(self) -> dict[psutil.Process, str]:
+        """Everything but workers' own threads, by name, as far as it can be seen now."""
         found = {}
-        for part in self.parts():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                name = " ".join(part.cmdline())
-                if "worker stage" in name:
-                    found[name] = part
+        for process in self.processes:
+            root = psutil.Process(process.pid)
+            for part in (root, *root.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    found[part] = " ".join(part.cmdline()).strip()
         return found
 
-    def num_descriptors(self) -> int:
-        """Of the front end and the engine, which outlive everything that happens here."""
-        processes = [psutil.Process(self.process.pid), *self.parts()]
-        names = [" ".join(process.cmdline()) for process in processes]
-        return sum(
-            process.num_fds()
-            for process, name in zip(processes, names, strict=True)
-            if "worker" not in name
+    def workers(self, of: subprocess.Popen[str] | None = None) -> dict[str, psutil.Process]:
+        ours = None if of is None else psutil.Process(of.pid).children(recursive=True)
+        return {
+            name: part
+            for part, name in self.parts().items()
+            if name.startswith(f"{WORKER} stage") and (ours is None or part in ours)
+        }
+
+    def lasting(self) -> list[psutil.Process]:
+        """Front end, engine and the other node's agent outlive everything that happens here."""
+        return [part for part, name in self.parts().items() if not name.startswith(WORKER)]
+
+    async def footprint(self) -> Footprint:
+        """Once all workers and the spare processes are there."""
+        num_nodes = len(self.processes)
+        while sum(name == WORKER for name in self.parts().values()) < num_nodes:
+            await asyncio.sleep(0.2)
+        lasting = self.lasting()
+        return Footprint(
+            sorted(self.parts().values()),
+            sum(process.num_fds() for process in lasting),
+            sum(process.memory_info().rss for process in lasting) / 1e6,
         )
 
 
+def _command(hosts: Hosts | None, model: Path) -> list[list[str]]:
+    """What is started, the head first."""
+    ours = [sys.executable, "-m", "shardline_server"]
+    serve = [*ours, "serve", str(model), "--dtype", "float32", "--num-kv-blocks", "512"]
+    serve += ["--port", "0", "--grpc-port", "0"]
+    if hosts is None:
+        return [[*serve, "--pp", "2"]]
+    rendezvous = f"{HEAD_ADDRESS}:{RENDEZVOUS_PORT}"
+    nodes = ["--nodes", "2", "--iface", "wire0", "--rendezvous", rendezvous, "--pp", "3"]
+    head = [*serve, *nodes, "--node-gpus", "1,2", "--host", DOOR_ADDRESS]
+    worker = [*ours, "worker", "--join", rendezvous, "--iface", "wire1"]
+    return [hosts.on(hosts.head, *head), hosts.on(hosts.node, *worker)]
+
+
 @contextlib.asynccontextmanager
-async def serving(model: Path) -> AsyncIterator[Server]:
-    command = [sys.executable, "-m", "shardline_server", "serve", str(model), "--pp", "2"]
-    command += ["--dtype", "float32", "--port", "0", "--grpc-port", "0", "--num-kv-blocks", "512"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    banner = ""
-    while "gRPC" not in banner:
-        banner += await asyncio.to_thread(process.stdout.readline)
-    http, grpc = re.findall(r"(?:HTTP|gRPC)  (?:http://)?([\d.:]+)", banner)
-    server = Server(process, f"http://{http}", f"grpc://{grpc}")
+async def serving(model: Path, hosts: Hosts | None) -> AsyncIterator[Server]:
+    environment = os.environ | {"SHARDLINE_SECRET": "a secret of the tests"}
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        for command in _command(hosts, model)
+    ]
     try:
+        head = processes[0]
+        assert head.stdout is not None
+        banner = ""
+        while "gRPC  " not in banner:
+            assert head.poll() is None, "it did not start"
+            banner += await asyncio.to_thread(head.stdout.readline)
+        http, grpc = re.findall(r"(?:HTTP|gRPC)  (?:http://)?([\d.:]+)", banner)
+        server = Server(processes, f"http://{http}", f"grpc://{grpc}", hosts)
         yield server
-        parts = server.parts()
-        process.terminate()
-        assert await asyncio.to_thread(process.wait, 30) == 0, "it left with an error"
+        parts = list(server.parts())
+        head.terminate()
+        for process in processes:
+            assert await asyncio.to_thread(process.wait, 30) == 0, "it left with an error"
         _, alive = psutil.wait_procs(parts, timeout=10)
         assert not alive, f"left behind: {alive}"
     finally:
-        process.kill()
-        process.communicate()
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
 @dataclass
@@ -104,6 +154,27 @@ class Chaos:
     deaths: defaultdict[str, deque[float]] = field(
         default_factory=lambda: defaultdict(lambda: deque(maxlen=MAX_DEATHS_A_MINUTE))
     )
+
+    footprints: tuple[Footprint, ...] = ()
+
+    def check(self) -> None:
+        """Connections that clients keep open are descriptors that came meanwhile."""
+        assert self.outcomes.total() == self.num_offered
+        assert self.outcomes["completed"], "nothing was completed"
+        before, after = self.footprints
+        assert after.processes == before.processes
+        surplus = after.num_descriptors - before.num_descriptors
+        assert surplus <= 4 * NUM_STREAMS, f"{surplus} more descriptors than before"
+        growth = after.memory_mb / before.memory_mb - 1
+        assert growth <= MAX_GROWTH, f"{growth:.1%} more memory than before"
+
+    def __str__(self) -> str:
+        before, after = self.footprints
+        return (
+            f"offered {self.num_offered}: {dict(self.outcomes)}; trouble: {dict(self.troubles)}; "
+            f"of what outlives it all: {before.memory_mb:.0f} MB before, {after.memory_mb:.0f} MB "
+            f"after, {before.num_descriptors} and {after.num_descriptors} descriptors"
+        )
 
     async def learn(self) -> None:
         """What each request says alone."""
@@ -146,7 +217,9 @@ class Chaos:
         return "completed"
 
     async def _trouble(self, end: float) -> None:
-        kinds = (self._kill, self._kill, self._stop, self._burst, self._hang_up)
+        kinds = [self._kill, self._kill, self._stop, self._burst, self._hang_up]
+        if self.server.hosts is not None:
+            kinds += [self._cut, self._slow, self._kill_node]
         while time.monotonic() < end:
             await asyncio.sleep(self.random.uniform(1, 6))
             kind = self.random.choice(kinds)
@@ -167,19 +240,41 @@ class Chaos:
         await asyncio.gather(*(self._ask() for _ in range(BURST)))
 
     async def _hang_up(self) -> None:
-        self.server.process.send_signal(signal.SIGHUP)
+        self.server.processes[0].send_signal(signal.SIGHUP)
         self.troubles["hang-ups"] += 1
 
+    async def _kill_node(self) -> None:
+        """All workers of the other node at once, unless one of them has died too often."""
+        workers = self.server.workers(self.server.processes[1])
+        if workers and all(self._may_die(name) for name in workers):
+            for name, worker in workers.items():
+                self.deaths[name].append(time.monotonic())
+                worker.kill()
+            self.troubles["nodes' workers killed"] += 1
+
+    async def _cut(self) -> None:
+        assert self.server.hosts is not None
+        with self.server.hosts.cut():
+            await asyncio.sleep(self.random.uniform(0.1, LONGEST_CUT_S))
+        self.troubles["cuts"] += 1
+
+    async def _slow(self) -> None:
+        assert self.server.hosts is not None
+        with self.server.hosts.slow():
+            await asyncio.sleep(self.random.uniform(2, 6))
+        self.troubles["slow times"] += 1
+
     def _victim(self) -> psutil.Process | None:
-        workers = self.server.workers()
+        workers = {n: w for n, w in self.server.workers().items() if self._may_die(n)}
         if not workers:
             return None
         name = self.random.choice(sorted(workers))
-        deaths, now = self.deaths[name], time.monotonic()
-        if len(deaths) == MAX_DEATHS_A_MINUTE and now - deaths[0] < 61:
-            return None
-        deaths.append(now)
+        self.deaths[name].append(time.monotonic())
         return workers[name]
+
+    def _may_die(self, name: str) -> bool:
+        deaths = self.deaths[name]
+        return len(deaths) < MAX_DEATHS_A_MINUTE or time.monotonic() - deaths[0] > MINUTE_S
 
 
 async def settled(server: Server) -> None:
@@ -198,9 +293,9 @@ async def settled(server: Server) -> None:
             await asyncio.sleep(0.2)
 
 
-async def run(model: Path, seconds: float, seed: int) -> Chaos:
+async def run(model: Path, seconds: float, seed: int, hosts: Hosts | None = None) -> Chaos:
     async with contextlib.AsyncExitStack() as stack:
-        server = await stack.enter_async_context(serving(model))
+        server = await stack.enter_async_context(serving(model, hosts))
         options = {"timeout_s": 120.0, "retry": Retry(max_attempts=1)}
         clients = [
             await stack.enter_async_context(AsyncClient(url, **options))
@@ -210,14 +305,11 @@ async def run(model: Path, seconds: float, seed: int) -> Chaos:
         await chaos.learn()
         await asyncio.gather(*(chaos._ask() for _ in range(BURST)))  # opens what will stay open
         await settled(server)
-        num_descriptors = server.num_descriptors()
+        before = await server.footprint()
         await chaos.run(seconds)
         await settled(server)
-        assert chaos.outcomes.total() == chaos.num_offered
-        assert chaos.outcomes["completed"], "nothing was completed"
-        surplus = server.num_descriptors() - num_descriptors
-        assert surplus <= 4 * NUM_STREAMS, f"{surplus} more descriptors than before"
-        assert len(server.workers()) == 2
+        chaos.footprints = (before, await server.footprint())
+        chaos.check()
     return chaos
 
 
@@ -225,12 +317,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--seed", type=int, default=0)
+    is_root = os.geteuid() == 0 and shutil.which("ip") is not None
+    parser.add_argument("--hosts", type=int, choices=(1, 2), default=1 + is_root)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        hosts = stack.enter_context(two_hosts()) if arguments.hosts == 2 else None
         model = save_tiny("llama", Path(folder), vocab_size=400)
         build_tokenizer().save_pretrained(model)
-        chaos = asyncio.run(run(model, arguments.seconds, arguments.seed))
-    print(f"offered {chaos.num_offered}: {dict(chaos.outcomes)}; trouble: {dict(chaos.troubles)}")
+        chaos = asyncio.run(run(model, arguments.seconds, arguments.seed, hosts))
+    print(f"{arguments.seconds:.0f} s, {arguments.hosts} hosts, seed {arguments.seed}: {chaos}")
 
 
 if __name__ == "__main__":

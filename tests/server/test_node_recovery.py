@@ -1,5 +1,6 @@
 """Workers of another node die, and streams go on as if nothing had been. Needs root."""
 
+import asyncio
 import contextlib
 import re
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from tests.server.chaos import run as run_chaos
 from tests.server.namespaces import Hosts
 from tests.server.two_nodes import launched
 
@@ -96,3 +98,9 @@ def test_the_other_node_has_a_spare_process_too(launch: Launch) -> None:
     node, _ = launch
     while "shardline: worker" not in workers_of(node):
         time.sleep(0.1)
+
+
+def test_half_a_minute_of_chaos_over_two_hosts(hosts: Hosts, tiny_model: Path) -> None:
+    chaos = asyncio.run(run_chaos(tiny_model, seconds=30, seed=2, hosts=hosts))
+    assert chaos.troubles["killed"]
+    assert chaos.troubles["cuts"]

@@ -118,8 +118,34 @@ def test_a_rank_that_diverges_is_named_by_the_next_result(tmp_path: Path) -> Non
         gate.close()
 
 
-def plan_of(step_id: int, token_id: int) -> StepPlan:
-    """A prompt of one token, which the next plan forgets."""
-    new = NewRequest(step_id, [token_id], 1, SamplingParams(max_tokens=1, seed=0))
-    part = ScheduledRequest(step_id, 0, 1, [], [step_id], True)
+@pytest.mark.parametrize("num_tokens", [1, 2])
+def test_shards_that_sum_inside_the_kernel_and_diverge_are_named(
+    tmp_path: Path, num_tokens: int
+) -> None:
+    """Of two there is no majority. The kernel's sums are one operation, of the step's shape."""
+    layout = ParallelLayout(tp=2, stage_layers=(3,))
+    config = engine_config(save_tiny("llama", tmp_path), layout)
+    gate = Gate(config.keys)
+    group = WorkerGroup(config, gate)
+    group.start()
+    try:
+        for step_id in (0, 1):
+            group.submit(plan_of(step_id, token_id=5))
+        group._send(0, plan_of(2, token_id=5))
+        group._send(1, plan_of(2, token_id=6, num_tokens=num_tokens))
+        group.submit(plan_of(3, token_id=5))
+        with pytest.raises(WorkerLost, match="another plan of step 2") as lost:
+            while group.socket.poll(30_000):
+                list(group.results())
+        assert lost.value.places == (Place(0, 0), Place(0, 1))
+    finally:
+        group.kill()
+        gate.close()
+
+
+def plan_of(step_id: int, token_id: int, num_tokens: int = 1) -> StepPlan:
+    """A prompt that the next plan forgets."""
+    sampling = SamplingParams(max_tokens=1, seed=0)
+    new = NewRequest(step_id, [token_id] * num_tokens, num_tokens, sampling)
+    part = ScheduledRequest(step_id, 0, num_tokens, [], [step_id], True)
     return StepPlan(step_id, [step_id - 1] if step_id else [], [new], [part])
