@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from shardline_scheduler.budget import LatencyBudget
 from shardline_scheduler.plan import SamplingParams
 from shardline_server.child import start_child_process, stop_child_processes
 from shardline_server.engine_config import EngineAddress, EngineConfig
@@ -34,6 +35,7 @@ from shardline_shards.channel import Endpoint, connect
 from shardline_shards.layout import ParallelLayout
 
 TIMEOUT_MS = 120_000
+UNLIMITED = LatencyBudget()
 
 
 @dataclass
@@ -70,9 +72,15 @@ class EngineConnection:
     def send(self, message: ToEngine) -> None:
         self._socket.send(msgspec.msgpack.encode(message))
 
-    def submit(self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams) -> None:
+    def submit(
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        budget: LatencyBudget = UNLIMITED,
+    ) -> None:
         self.outcomes[request_id] = Outcome()
-        self.send(Submit(request_id, list(token_ids), sampling))
+        self.send(Submit(request_id, list(token_ids), sampling, budget))
 
     def abort(self, request_id: str) -> None:
         self.send(Abort(request_id))

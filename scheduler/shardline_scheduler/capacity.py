@@ -43,7 +43,7 @@ class Pricing:
         full = StepLoad(0, decodes.num_decodes, decodes.decode_context, 0)
         full.add_prefill(num_tokens, 0)
         per_token = USED_PART * seconds_per_token - self.model.trip_overhead_s
-        return min(per_token / self.max_in_flight, self.model.step_seconds(full))
+        return min(per_token / self.max_in_flight, self.model.most_step_seconds(full))
 
     def step_s_of_prompt(self, decodes: StepLoad, num_tokens: int, context: int) -> float:
         """The time of a step that is sure to take so many tokens of a prompt at once."""
@@ -57,7 +57,8 @@ class Pricing:
         # in the measure of the first.
         contexts = (0, longest) if len(self.model.stages) > 1 else (0,)
         work = min(self._work_within(step_s, decodes, context) for context in contexts)
-        work = max(0.0, work - self._rounding_s(longest))
+        # Less than a tile is not rounded, and one and a bit to one: half is the most that is lost.
+        work = max(work / 2, work - self._rounding_s(longest))
         return Capacity(step_s, self.model.step_seconds(decodes), work)
 
     def _work_within(self, step_s: float, decodes: StepLoad, context: int) -> float:

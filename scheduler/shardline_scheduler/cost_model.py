@@ -178,6 +178,14 @@ class StageModel(Struct):
         part = self._model_of(load.num_tokens)
         return part.seconds(load) * (1 + part.margin)
 
+    def most_seconds(self, load: StepLoad) -> float:
+        """What no part of that load is planned to take longer than: ranges need not agree where
+        they meet, and more tokens may seem to take less time.
+        """
+        if not self.is_trusted:
+            return self.planned_seconds(load)
+        return max(part.seconds(load) * (1 + part.margin) for part in self._trusted)
+
     def prefill_seconds(self, num_tokens: int, context: int) -> float:
         """Planned time that prefill tokens behind `context` add to a step, whatever its range."""
         load = StepLoad()
@@ -259,6 +267,10 @@ class PipeModel(Struct):
     def step_seconds(self, load: StepLoad) -> float:
         """Planned time of the slowest stage: what each step adds to a busy pipe."""
         return max(stage.planned_seconds(load) for stage in self.stages)
+
+    def most_step_seconds(self, load: StepLoad) -> float:
+        """What no part of that load is planned to take longer than."""
+        return max(stage.most_seconds(load) for stage in self.stages)
 
     def expected_step_seconds(self, load: StepLoad) -> float:
         """The same without margin."""

@@ -38,6 +38,9 @@ SHAPES = (
     Shape(8, count=4, num_outputs=4),
     Shape(64),
     Shape(8, num_outputs=4),
+    # Decodes far behind their beginnings: what they read would else be told from their number by
+    # noise alone, and priced at anything.
+    Shape(264, count=16, num_outputs=4, num_shared=256),
     Shape(256),
     Shape(8, count=16, num_outputs=4),
     Shape(320, num_shared=256),

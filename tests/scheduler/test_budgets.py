@@ -14,7 +14,7 @@ from shardline_scheduler import (
     Priority,
 )
 
-from .machine import ONE_STAGE, Machine, Visit, exact_model, machine
+from .machine import ONE_STAGE, Machine, Prices, Visit, exact_model, machine
 
 
 def visits_at_rate(
@@ -108,6 +108,30 @@ def test_prompts_that_cost_nothing_by_the_fit_are_still_counted(
     m.run([*fair, *never])
     assert [type(visit.refusal) for visit in never] == [BudgetImpossible] * 2
     assert all(visit.refusal is None and visit.met for visit in fair)
+
+
+@pytest.mark.parametrize("max_num_batched_tokens", [64, 256, 2048])
+@pytest.mark.parametrize(
+    ("small", "large"),
+    [
+        ((20e-3, 1e-5, 1e-5, 0.0, 0.0), (1e-3, 2e-5, 1e-5, 0.0, 0.0)),
+        ((1e-3, 1e-5, 1e-5, 0.0, 5e-4), (5e-3, 1e-6, 1e-5, 0.0, 0.0)),
+        ((1e-3, 1e-3, 1e-5, 0.0, 0.0), (2e-3, 1e-6, 1e-5, 0.0, 5e-5)),
+    ],
+)
+def test_ranges_that_contradict_each_other_make_nothing_impossible(
+    small: Prices, large: Prices, max_num_batched_tokens: int
+):
+    """Fitted to few steps of a busy machine, more tokens may seem to take less time."""
+    model, other = exact_model((small, small)), exact_model((large, large))
+    for stage, its_other in zip(model.stages, other.stages, strict=True):
+        stage.compute_bound = its_other.compute_bound
+    m = machine((small, small), model=model, max_num_batched_tokens=max_num_batched_tokens)
+    hour = 3.6e6
+    lax = LatencyBudget(ttft_ms=hour, tpot_ms=hour / 10, deadline_ms=hour)
+    visits = [Visit(i, 40.0 * i, num, 200, lax) for i, num in enumerate((1, 50, 63, 65, 400, 1500))]
+    m.run(visits)
+    assert all(visit.refusal is None and visit.met for visit in visits)
 
 
 def test_one_who_is_refused_passes_when_he_comes_back_as_told():
