@@ -36,6 +36,14 @@ def find_workers() -> dict[str, psutil.Process]:
     return found
 
 
+def wait_for_spare() -> None:
+    """Until it is there, and has done what it can do beforehand: then it takes no time any more."""
+    spent = None
+    while (spare := find_workers().get(WORKER)) is None or spent != spare.cpu_times():
+        spent = None if spare is None else spare.cpu_times()
+        time.sleep(1.0)
+
+
 def read_times(client: Client, seed: int, begun: threading.Barrier) -> list[float]:
     """When each piece of a stream came; it is not ended early by what happens."""
     times = []
@@ -90,9 +98,8 @@ def main() -> None:
         names = sorted(name for name in find_workers() if name != WORKER)
         for number in range(arguments.rounds):
             for name in names:
-                while "--no-spare-worker" not in options and WORKER not in find_workers():
-                    time.sleep(0.1)
-                time.sleep(5.0)  # the spare one imports torch
+                if "--no-spare-worker" not in options:
+                    wait_for_spare()
                 known_s, pause_s = kill_one(url, name, arguments.streams)
                 place = name.removeprefix(WORKER).strip()
                 print(f"| {place} | {number + 1} | {known_s:.2f} | {pause_s:.2f} |", flush=True)
