@@ -85,16 +85,23 @@ class Server:
         return [part for part, name in self.parts().items() if not name.startswith(WORKER)]
 
     async def footprint(self) -> Footprint:
-        """Once all workers and the spare processes are there."""
-        num_nodes = len(self.processes)
-        while sum(name == WORKER for name in self.parts().values()) < num_nodes:
-            await asyncio.sleep(0.2)
+        """Once all workers and the spare processes are there, and nobody else; a worker that has
+        just been killed may still be to be replaced.
+        """
+        async with asyncio.timeout(120):
+            while not self._is_complete(list(self.parts().values())):
+                await asyncio.sleep(0.2)
         lasting = self.lasting()
         return Footprint(
             sorted(self.parts().values()),
             sum(process.num_fds() for process in lasting),
             sum(process.memory_info().rss for process in lasting) / 1e6,
         )
+
+    def _is_complete(self, names: list[str]) -> bool:
+        num_nodes = len(self.processes)
+        num_workers = sum(name.startswith(f"{WORKER} stage") for name in names)
+        return (num_workers, names.count(WORKER)) == (num_nodes + 1, num_nodes)
 
 
 def _command(hosts: Hosts | None, model: Path) -> list[list[str]]:
