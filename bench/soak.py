@@ -24,6 +24,7 @@ from statistics import median
 
 import psutil
 from machine import machine_facts
+from servers import leave_on_sigterm
 from serving import serving
 from tables import markdown
 
@@ -138,6 +139,7 @@ def main() -> None:
     parser.add_argument("--settle", type=float, default=5.0, help="minutes that do not count")
     parser.add_argument("--png", type=Path)
     arguments, options = parser.parse_known_args()
+    leave_on_sigterm()
     grpc_port = free_port()
     options = ["--kv-memory", "512MiB", *options, "--grpc-port", str(grpc_port)]
     with (
