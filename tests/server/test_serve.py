@@ -94,12 +94,16 @@ def process_name(process: psutil.Process) -> str:
 
 def test_a_signal_while_workers_load_ends_everything(tiny_model: Path) -> None:
     process = start(tiny_model, "--pp", "2")
-    server, workers = psutil.Process(process.pid), []
-    while len(workers) < 2:
-        children = server.children(recursive=True)
-        workers = [child for child in children if "worker" in process_name(child)]
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    try:
+        server, workers = psutil.Process(process.pid), []
+        while len(workers) < 2:
+            children = server.children(recursive=True)
+            workers = [child for child in children if "worker" in process_name(child)]
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == 0
     assert "Traceback" not in errors
     _, alive = psutil.wait_procs(workers, timeout=10)
