@@ -44,34 +44,36 @@ LOADS = {
     "0.7x": Load(factor=0.7),
     "1.5x": Load(factor=1.5),
     "3x in bursts (CV 4)": Load(factor=3.0, options=[*SIZES, "--budget", INTERACTIVE, "--cv", "4"]),
-    "1x mixed": Load(
-        factor=1.0,
+    "1.2x mixed": Load(
+        factor=1.2,
         options=[
             *SIZES,
             *("--budget", f"{INTERACTIVE},share=0.7"),
             *("--budget", "batch:deadline=30000,share=0.3,prompt=768:1024"),
         ],
     ),
-    "1x trace": Load(
-        factor=1.0, options=["--length-scale", "0.25", "--budget", INTERACTIVE], has_trace=True
+    # Its requests take about half of what the others do: that is 1.3 times what can be served.
+    "2.6x trace, lengths / 8": Load(
+        factor=2.6, options=["--length-scale", "0.125", "--budget", INTERACTIVE], has_trace=True
     ),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """A server, and whether it is told the budgets; only ours understand them."""
+    """A server, the client's options (only ours is told the budgets), and the server's own."""
 
     server: str
     options: list[str] = field(default_factory=list)
+    serve: list[str] = field(default_factory=list)
 
 
 POLICIES = {name: Policy(server=name) for name in servers.SERVERS} | {
-    f"{name}, not told": Policy(server=name, options=["--no-send-budget"]) for name in servers.OURS
+    f"{name}, fcfs": Policy(server=name, serve=["--policy", "fcfs"]) for name in servers.OURS
 }
 DEFAULT_POLICIES = [
     *("shardline 1x1", "shardline 1x2"),
-    *("shardline 1x1, not told", "shardline 1x2, not told"),
+    *("shardline 1x1, fcfs", "shardline 1x2, fcfs"),
     *("vllm 2 threads", "vllm 2 stages"),
 ]
 
@@ -104,7 +106,9 @@ def run_policy(name: str, capacity: float | None, arguments: argparse.Namespace)
     print(f"{name} …", file=sys.stderr, flush=True)
     policy = POLICIES[name]
     try:
-        with servers.running(policy.server, arguments.model_folder, arguments.peers) as server:
+        with servers.running(
+            policy.server, arguments.model_folder, arguments.peers, policy.serve
+        ) as server:
             is_found = capacity is None
             capacity = capacity or find_capacity(server, policy, arguments)
             if not capacity:

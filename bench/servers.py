@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -128,14 +128,19 @@ def leave_on_sigterm() -> None:
 
 
 @contextlib.contextmanager
-def running(name: str, model: Path, peers: Path | None) -> Iterator[Running]:
-    """The server from its start to its end. Raises Missing, or RuntimeError with its last words."""
+def running(
+    name: str, model: Path, peers: Path | None, more: Sequence[str] = ()
+) -> Iterator[Running]:
+    """The server from its start to its end, with `more` options.
+
+    Raises Missing, or RuntimeError with its last words.
+    """
     place = Place(model=model, peers=peers, port=_free_port())
     command = SERVERS[name](place)
     with tempfile.TemporaryFile("w+") as log:
         start_s = time.monotonic()
         process = subprocess.Popen(
-            command.words,
+            [*command.words, *more],
             env=os.environ | command.env,
             stdout=log,
             stderr=subprocess.STDOUT,
