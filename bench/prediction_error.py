@@ -5,14 +5,17 @@
 
 MODEL and --layouts (tp x pp) go to the servers, everything else to `shardline bench`. Quantiles of
 |predicted / measured - 1| are the server's own, over its last 256 steps, read every two seconds
-while the load lasts; the table has their medians. First tokens: mean |actual - predicted| over mean
-predicted, of the requests that asked for a limit.
+while the load lasts; the table has their medians. First tokens: |predicted / actual - 1|, as the
+server tells both with each answer.
 """
 
 import argparse
+import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from statistics import median
 
 import httpx
@@ -34,9 +37,10 @@ def read_metrics(url: str) -> dict[tuple[str, str], float]:
     return sums
 
 
-def looks(url: str, load: list[str]) -> Iterator[dict[tuple[str, str], float]]:
+def looks(url: str, load: list[str], report: Path) -> Iterator[dict[tuple[str, str], float]]:
     """Metrics, now and then while the load runs, and at its end."""
-    process = subprocess.Popen([*SHARDLINE, "bench", url, *load], stdout=subprocess.DEVNULL)
+    command = [*SHARDLINE, "bench", url, *load, "--json", str(report)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while True:
         try:
             process.wait(LOOK_INTERVAL_S)
@@ -49,16 +53,22 @@ def looks(url: str, load: list[str]) -> Iterator[dict[tuple[str, str], float]]:
         return
 
 
+def first_token_errors(report: Path) -> list[float]:
+    """Of every answer whose first token was predicted, in ascending order."""
+    requests = json.loads(report.read_text())["requests"]
+    pairs = [(one["predicted_ttft_ms"], one["told_ttft_ms"]) for one in requests]
+    return sorted(abs(predicted / told - 1) for predicted, told in pairs if predicted and told)
+
+
 def measure(model: str, layout: str, load: list[str]) -> list[str]:
     """A row of the table."""
-    with serving(model, layout, []) as (url, _):
-        seen = list(looks(url, load))
-    errors = {q: median(one["step_time_error", q] for one in seen) for q in ("0.5", "0.9")}
-    last = seen[-1]
-    predicted_s = last["ttft_predicted_seconds_total", ""]
-    ttft = last["ttft_prediction_error_seconds_total", ""] / predicted_s if predicted_s else 0.0
-    count = last["ttft_predictions_total", ""]
-    return [layout, f"{errors['0.5']:.1%}", f"{errors['0.9']:.1%}", f"{ttft:.1%}", f"{count:.0f}"]
+    with tempfile.TemporaryDirectory() as folder, serving(model, layout, []) as (url, _):
+        report = Path(folder) / "run.json"
+        seen = list(looks(url, load, report))
+        first = first_token_errors(report)
+    steps = [median(one["step_time_error", q] for one in seen) for q in ("0.5", "0.9")]
+    firsts = [first[int(share * len(first))] for share in (0.5, 0.9)]
+    return [layout, *(f"{error:.1%}" for error in (*steps, *firsts)), str(len(first))]
 
 
 def main() -> None:
@@ -68,7 +78,7 @@ def main() -> None:
     parser.add_argument("--layouts", default="1x1,1x2")
     arguments, load = parser.parse_known_args()
     rows = [measure(arguments.model, layout, load) for layout in arguments.layouts.split(",")]
-    columns = ["tp x pp", "step, median", "step, p90", "first token", "first tokens"]
+    columns = ["tp x pp", "step, median", "step, p90", "first token, median", "p90", "first tokens"]
     print(markdown(columns, rows))
 
 

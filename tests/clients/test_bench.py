@@ -224,4 +224,5 @@ def test_a_trace_is_replayed_with_its_lengths(server, tmp_path):
     )
     assert sent == [(0.0, 20, 4), (0.05, 5, 3), (0.1, 10, 2)]
     assert all(one["met"] is one["is_told_met"] is True for one in requests)
+    assert all(one["told_ttft_ms"] > 0 for one in requests)
     assert "The server says the same of 3 of 3 budgets" in done.stdout

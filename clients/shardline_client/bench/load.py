@@ -178,6 +178,8 @@ class Load:
             num_output_tokens=usage.completion_tokens if usage else sum(counts),
             error=None if is_good else f"The answer ended with {finish_reason!r}.",
             is_told_met=told.met if told and has_budget else None,
+            predicted_ttft_ms=told.predicted_ttft_ms if told else None,
+            told_ttft_ms=told.ttft_ms if told else None,
         )
 
     def _unserved(

@@ -22,7 +22,8 @@ class Record:
     `start_s` is when it was meant to be sent, `sent_s` when it was. `token_times_s` are the moments
     when pieces with tokens came, `token_counts` how many each brought: arrays of numbers, 10 bytes
     a piece, since a long run has millions. `num_output_tokens` is the server's count, or that of
-    the pieces if it has none. `is_told_met` is what the server said of its budget, if it did.
+    the pieces if it has none. `is_told_met` is what the server said of its budget, if it did,
+    `predicted_ttft_ms` and `told_ttft_ms` what it thought and found of its first token.
     """
 
     start_s: float
@@ -38,6 +39,8 @@ class Record:
     error: str | None = None
     retry_after_s: float | None = None
     is_told_met: bool | None = None
+    predicted_ttft_ms: float | None = None
+    told_ttft_ms: float | None = None
 
     @property
     def ttft_s(self) -> float | None:

@@ -217,6 +217,8 @@ def _request_fields(record: Record, wanted: RequestClass) -> dict[str, Any]:
         "error": record.error,
         "retry_after_s": record.retry_after_s,
         "is_told_met": record.is_told_met,
+        "predicted_ttft_ms": record.predicted_ttft_ms,
+        "told_ttft_ms": record.told_ttft_ms,
     }
 
 
