@@ -18,7 +18,7 @@ from zlib import crc32
 
 _HEAD = struct.Struct("<6q")  # step_id, is_running, num_operations, operation, two sizes
 _DONE = struct.Struct("<3q")  # step_id, checksum of the plan, checksum of the operations
-_NUM_DONE = 32
+_NUM_DONE = 256
 _SIZE = _HEAD.size + _NUM_DONE * _DONE.size
 
 
@@ -127,3 +127,14 @@ class Ledger:
         slot = _HEAD.size + step_id % _NUM_DONE * _DONE.size
         done_id, plan, operations = _DONE.unpack_from(self._page, slot)
         return (plan, operations) if done_id == step_id and (plan or operations) else None
+
+    def lately_done(self) -> dict[int, tuple[int, int]]:
+        """Checksums of the last steps, by step id, for somebody who has no page of ours.
+
+        Half of what is remembered, so that nothing is read that may be overwritten meanwhile, and
+        not the step that may be finished just now.
+        """
+        entry = self.read()
+        last = -1 if entry is None else entry.step_id
+        steps = range(max(0, last - _NUM_DONE // 2), last)
+        return {step: sums for step in steps if (sums := self.checksums(step))}

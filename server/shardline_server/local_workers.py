@@ -44,13 +44,20 @@ class Death:
 
 
 class WorkerState(Struct, frozen=True):
-    """What a node tells of one of its workers. `how` it ended is None of one that lives."""
+    """What a node tells of one of its workers. `how` it ended is None of one that lives; `done`
+    are checksums of its last steps.
+    """
 
     place: Place
     generation: int
     how: str | None
     is_stopped: bool
     entry: Entry | None
+    done: dict[int, tuple[int, int]] = {}
+
+    def checksums(self, step_id: int) -> tuple[int, int] | None:
+        """As `Ledger.checksums`."""
+        return self.done.get(step_id)
 
 
 class _WorkerProcess:
@@ -141,6 +148,7 @@ class LocalWorkers:
                 how.get(place),
                 place in stopped,
                 worker.ledger.read(),
+                worker.ledger.lately_done(),
             )
             for place, worker in self._workers.items()
         ]

@@ -81,6 +81,10 @@ class NodeWatch:
         """What the nodes' workers are at."""
         return {state.place: state.entry for _, state in self._current()}
 
+    def states(self) -> dict[Place, WorkerState]:
+        """What the nodes have told of their workers."""
+        return {state.place: state for _, state in self._current()}
+
     def ended(self) -> list[Death]:
         """The nodes' workers that have ended."""
         return [

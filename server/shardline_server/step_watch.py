@@ -4,10 +4,11 @@ else than the others.
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Protocol
 
 from shardline_scheduler.plan import StepPlan
 from shardline_shards.layout import Place
-from shardline_shards.ledger import Entry, Ledger, Operation
+from shardline_shards.ledger import Entry, Operation
 
 HANG_FLOOR_S = 5.0
 HANG_FACTOR = 10.0
@@ -69,7 +70,15 @@ def find_stuck(entries: Mapping[Place, Entry | None], step_id: int) -> list[Plac
     return [place for place in ranks if progress[place] == min(progress.values())]
 
 
-def find_divergence(ledgers: Mapping[Place, Ledger], step_id: int) -> dict[Place, str]:
+class Remembers(Protocol):
+    """Whoever can tell what a worker has done: its ledger, or what a node has told of it."""
+
+    def checksums(self, step_id: int) -> tuple[int, int] | None:
+        """See `Ledger.checksums`."""
+        ...
+
+
+def find_divergence(ledgers: Mapping[Place, Remembers], step_id: int) -> dict[Place, str]:
     """Who executed another plan than most, or other operations than most of its stage, and what.
 
     Where there is no majority, everybody in question. Ranks that have not done the step say

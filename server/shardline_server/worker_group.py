@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -155,6 +155,8 @@ class WorkerGroup:
         if deaths := self._workforce.ended():
             self._raise_last_words()
             raise self._loss(deaths)
+        if odd := self._workforce.find_divergence():
+            raise _diverged(odd)
 
     def num_dropped(self) -> dict[str, int]:
         """What either side of a channel has dropped since the start, by channel."""
@@ -288,10 +290,8 @@ class WorkerGroup:
     def _arrive(self, step_id: int) -> None:
         """A result has come: the step before it is done everywhere, and was the same everywhere."""
         self._steps.arrive(step_id, time.monotonic())
-        odd = find_divergence(self._workforce.ledgers, step_id - 1)
-        if odd:
-            reason = "; ".join(f"{place} {what}" for place, what in odd.items())
-            raise WorkerLost(list(odd), f"workers diverged: {reason}")
+        if odd := find_divergence(self._workforce.ledgers, step_id - 1):
+            raise _diverged(odd)
 
     def _loss(self, deaths: Sequence[Death]) -> WorkerLost:
         indexes = [index for death in deaths for index in self._steps.requests_of(death.step_id)]
@@ -350,3 +350,8 @@ class WorkerGroup:
         payload = encode(message)
         for name in self._names:
             self._listener.send(name, payload)
+
+
+def _diverged(odd: Mapping[Place, str]) -> WorkerLost:
+    reason = "; ".join(f"{place} {what}" for place, what in odd.items())
+    return WorkerLost(list(odd), f"workers diverged: {reason}")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from shardline_server.local_workers import Death, LocalWorkers
 from shardline_server.node_watch import NodeWatch
+from shardline_server.step_watch import Remembers, find_divergence
 from shardline_shards.layout import Place
 from shardline_shards.ledger import Entry, Ledger
 
@@ -16,6 +17,7 @@ class Workforce:
     def __init__(self, watch: NodeWatch | None) -> None:
         self.local = LocalWorkers()
         self._watch = watch
+        self._last_compared = -1
 
     @property
     def ledgers(self) -> dict[Place, Ledger]:
@@ -26,6 +28,18 @@ class Workforce:
         """What every worker is at."""
         theirs = {} if self._watch is None else self._watch.entries()
         return theirs | {place: ledger.read() for place, ledger in self.ledgers.items()}
+
+    def find_divergence(self) -> dict[Place, str]:
+        """Who has done something else in a step that nodes have told of since the last call."""
+        theirs = {} if self._watch is None else self._watch.states()
+        newest = min((max(state.done, default=-1) for state in theirs.values()), default=-1)
+        everybody: dict[Place, Remembers] = {**theirs, **self.ledgers}
+        told = {step for state in theirs.values() for step in state.done}
+        for step in sorted(step for step in told if self._last_compared < step <= newest):
+            self._last_compared = step
+            if odd := find_divergence(everybody, step):
+                return odd
+        return {}
 
     def find_silent(self) -> str | None:
         """Hear what nodes have said; which of them has fallen silent."""

@@ -21,10 +21,14 @@ from torch.distributed import HashStore
 from shardline_server.child import ChildExits
 from shardline_server.errors import ConfigError
 from shardline_server.gate import Gate, LaunchKeys, Listener
+from shardline_server.local_workers import WorkerState
 from shardline_server.messages import Hello, ToEngine
 from shardline_server.node_watch import Beat, HeadWatch, NodeWatch
 from shardline_server.rendezvous import Assignment, Job, NoteBoard
+from shardline_server.workforce import Workforce
 from shardline_shards.channel import Endpoint
+from shardline_shards.layout import Place
+from shardline_shards.ledger import Ledger, Operation
 
 HELLO = msgspec.msgpack.encode(Hello())
 NODE = "1 (there, 127.0.0.1)"
@@ -170,3 +174,37 @@ def test_keys_show_in_no_text() -> None:
     text = f"{keys} {keys!r} {[keys.client]} {Endpoint(address='', keys=keys.client)}"
     for secret in (keys.server_secret, *msgspec.structs.astuple(keys.client)):
         assert secret not in text
+
+
+def state(tp_rank: int, ledger: Ledger) -> WorkerState:
+    return WorkerState(Place(1, tp_rank), 0, None, False, ledger.read(), ledger.lately_done())
+
+
+def test_a_worker_of_another_node_that_does_something_else_is_named(
+    gate: Gate, exits: ChildExits
+) -> None:
+    head = NodeWatch(gate, "127.0.0.1")
+    head.expect([NODE])
+    node = HeadWatch(head.endpoint, NODE)
+    workforce = Workforce(head)
+    ledgers = [Ledger.create() for _ in range(3)]
+
+    def tell() -> dict[Place, str]:
+        node.beat([state(i, ledger) for i, ledger in enumerate(ledgers)], exits)
+        assert head.find_failure() is None
+        return workforce.find_divergence()
+
+    for step in range(300):
+        for rank, ledger in enumerate(ledgers):
+            ledger.begin(step, 7, 5)
+            ledger.note(Operation.ALL_REDUCE, (5, 99 if (step, rank) == (280, 2) else 36))
+            ledger.finish()
+        if step % 100 == 50:
+            assert not tell()
+    odd = tell()
+    assert odd == {Place(1, 2): "did other operations in step 280 than its stage"}
+    assert not tell(), "what has been told once is not told again"
+    for ledger in ledgers:
+        ledger.close()
+    head.dismiss()
+    node.close()
