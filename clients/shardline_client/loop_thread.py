@@ -5,9 +5,12 @@ import threading
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+_SIGNALS_WAIT_S = 0.2
 
 
 class LoopThread:
@@ -31,7 +34,7 @@ class LoopThread:
         done: Future[None] = Future()
         self._loop.call_soon_threadsafe(_start, coroutine, task, done)
         try:
-            done.result()
+            _wait(done)
         except BaseException:
             self._loop.call_soon_threadsafe(task.result().cancel)
             done.result()
@@ -58,6 +61,15 @@ async def _live(
     started.set_result((asyncio.get_running_loop(), stopping))
     await stopping.wait()
     await close()
+
+
+def _wait(done: "Future[None]") -> None:
+    """A signal that comes just before a wait without end is seen when that ends, which may be
+    never: so a Ctrl-C got lost.
+    """
+    while not done.done():
+        with suppress(TimeoutError):
+            done.result(_SIGNALS_WAIT_S)
 
 
 def _start(
