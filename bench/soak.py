@@ -32,7 +32,7 @@ INTERVAL_S = 5.0
 WINDOW_S = 60.0
 GROWTH_LIMIT = 0.01
 LOAD = ["--ignore-eos", "--concurrency", "16", "--prompt-tokens", "16:512"]
-LOAD += ["--output-tokens", "8:128", "--timeout", "120"]
+LOAD += ["--output-tokens", "8:128"]
 
 
 @dataclass(frozen=True)
