@@ -114,6 +114,7 @@ entries = st.lists(st.tuples(st.floats(0, 20), st.floats(0.001, 3)), min_size=0,
 
 
 @given(entries=entries, due=st.floats(0, 20), work=st.floats(0.001, 3), depth=st.integers(1, 3))
+@IN_MANY_WORLDS
 def test_the_demand_test_agrees_with_doing_the_work(
     entries: list[tuple[float, float]], due: float, work: float, depth: int
 ) -> None:
@@ -131,5 +132,7 @@ def test_the_demand_test_agrees_with_doing_the_work(
         return
     assert demand.least_slack(pace, newcomer) == pytest.approx(slack, abs=1e-6)
     for by_s in (0.0, 0.5, slack - 1e-3, slack - 0.05):
+        if abs(by_s - slack) < 1e-9:
+            continue  # A tie is decided by the rounding of either sum.
         assert demand.is_early(pace, newcomer, by_s=by_s) == (slack >= by_s)
     assert not demand.is_early(pace, newcomer, by_s=slack + 1e-3)
