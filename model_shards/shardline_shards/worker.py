@@ -261,6 +261,8 @@ class Worker:
                 scratch_block=num_kv_blocks,
                 sizes=sizes_up_to(self.config.max_graph_size),
             )
+        except LostPeer:
+            raise
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise UnsupportedModel(
