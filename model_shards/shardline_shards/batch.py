@@ -8,19 +8,38 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shardline_scheduler.plan import NewRequest, SamplingParams, ScheduledRequest, StepPlan
+from shardline_scheduler.plan import (
+    LAST_DRAWN,
+    NewRequest,
+    SamplingParams,
+    ScheduledRequest,
+    StepPlan,
+)
 from shardline_shards.attention import AttentionBackend, KVLayer, PagedBatch
 from shardline_shards.upload import upload
 
 
 @dataclass(slots=True)
 class RequestState:
-    """One live request: its tokens so far and where their keys and values lie."""
+    """One live request: its tokens so far and where their keys and values lie.
+
+    `last_drawn` is the token that was drawn last for it, which becomes one of its tokens when the
+    engine says so. Other ranks than the one that draws know it once it has been shared.
+    """
 
     token_ids: list[int]
     num_prompt_tokens: int
     sampling: SamplingParams
     block_ids: list[int] = field(default_factory=list)
+    last_drawn: int = LAST_DRAWN
+
+    def extend(self, token_ids: list[int]) -> None:
+        """Tokens of a plan follow."""
+        for token in token_ids:
+            if token == LAST_DRAWN:
+                token = self.last_drawn
+                assert token != LAST_DRAWN, "a token that this worker has not drawn"
+            self.token_ids.append(token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +92,7 @@ class RequestTable:
             self._learn(new)
         for scheduled in plan.scheduled:
             request = self._requests[scheduled.request_index]
-            request.token_ids.extend(scheduled.token_ids)
+            request.extend(scheduled.token_ids)
             request.block_ids.extend(scheduled.block_ids)
 
     def _learn(self, new: NewRequest) -> None:

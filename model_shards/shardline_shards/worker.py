@@ -27,7 +27,7 @@ from shardline_shards.channel import Endpoint, Unreadable, connect, read
 from shardline_shards.checkpoint import LoadReport, load_dummy, load_weights
 from shardline_shards.decode_graphs import CudaRecorder, DecodeGraphs, sizes_up_to
 from shardline_shards.distributed import Communicators, host_store
-from shardline_shards.drawing import draw_prompt_logprobs, draw_tokens
+from shardline_shards.drawing import draw_prompt_logprobs, draw_tokens, share_drawn
 from shardline_shards.errors import LostPeer, ShardError, UnsupportedModel
 from shardline_shards.host_memory import available_memory
 from shardline_shards.ledger import Ledger, Operation
@@ -311,6 +311,7 @@ class Worker:
         """Carry out a plan; the result, on the rank that draws tokens."""
         num_tokens = sum(part.num_scheduled_tokens for part in plan.scheduled)
         self.ledger.begin(plan.step_id, self.channel.checksum, num_tokens)
+        share_drawn(plan, self.requests, self.communicators.collectives, self.device)
         self.requests.apply(plan)
         assert self.batches is not None
         batch = self.batches.build(plan, self.requests)

@@ -73,7 +73,7 @@ class Admission:
                 self._check(self._arrival(request, now, num_cached_tokens, ahead))
         self._take_in(request)
 
-    def promise_starving(self, now: float) -> Request | None:
+    def promise_starving(self, now: float, ahead: Ahead) -> Request | None:
         """The guest, if any, who is promised something from now on since he has waited so long."""
         if not (len(self.ledger) and self._pricing.model.is_ready and self._patience.is_time(now)):
             return None
@@ -84,7 +84,7 @@ class Admission:
         due = self._patience.due(prefill_s, now) if _has_prompt_left(request) else None
         old, terms.rank = terms.first_token_by, Rank.PROMISED
         terms.first_token_by = inf if due is None else due
-        arrival = self._arrival(request, now, terms.num_cached_tokens, Ahead())
+        arrival = self._arrival(request, now, terms.num_cached_tokens, ahead)
         step_s = self._judge.find_step_s(self.ledger, arrival)
         if step_s is None:
             terms.rank, terms.first_token_by = Rank.UNLIMITED, old
@@ -258,7 +258,8 @@ class Admission:
         model, context = self._pricing.model, request.num_computed_tokens
         if not model.is_ready:
             return 0.0
-        return model.prefill_seconds(len(request.token_ids) - context, context)
+        num_tokens = max(0, len(request.token_ids) - context)  # Planned ahead, it is below 0.
+        return model.prefill_seconds(num_tokens, context)
 
     def _place(self, request: Request) -> tuple[tuple[float, ...], int]:
         return self._policy.key(request), request.sequence

@@ -24,12 +24,25 @@ class Capacity:
 
 
 class Pricing:
-    """Turns loads into times, for `max_in_flight` steps of `max_num_tokens` tokens each."""
+    """Turns loads into times, for `max_in_flight` steps of `max_num_tokens` tokens each, between
+    which the decodes are dealt.
 
-    def __init__(self, model: PipeModel, max_in_flight: int, max_num_tokens: int) -> None:
+    With `num_trips_at_once` of each of them on its way, what a way takes beside computing is hidden
+    behind computing; but for first tokens.
+    """
+
+    def __init__(
+        self,
+        model: PipeModel,
+        max_in_flight: int,
+        max_num_tokens: int,
+        *,
+        num_trips_at_once: int = 1,
+    ) -> None:
         self.model = model
         self.max_in_flight = max_in_flight
         self.max_num_tokens = max_num_tokens
+        self._num_trips = num_trips_at_once
         self.tile = TILE_TOKENS if max_num_tokens >= 8 * TILE_TOKENS else 1
 
     def share_of(self, num_decodes: int, context: int) -> StepLoad:
@@ -42,8 +55,11 @@ class Pricing:
         num_tokens = self.max_num_tokens - decodes.num_decodes
         full = StepLoad(0, decodes.num_decodes, decodes.decode_context, 0)
         full.add_prefill(num_tokens, 0)
-        per_token = USED_PART * seconds_per_token - self.model.trip_overhead_s
-        return min(per_token / self.max_in_flight, self.model.most_step_seconds(full))
+        return min(self._step_s_for(seconds_per_token), self.model.most_step_seconds(full))
+
+    def _step_s_for(self, seconds_per_token: float) -> float:
+        per_token, overhead_s = USED_PART * seconds_per_token, self.model.trip_overhead_s
+        return min(per_token, self._num_trips * per_token - overhead_s) / self.max_in_flight
 
     def step_s_of_prompt(self, decodes: StepLoad, num_tokens: int, context: int) -> float:
         """The time of a step that is sure to take so many tokens of a prompt at once."""
@@ -84,5 +100,5 @@ class Pricing:
 
     def token_s(self, decodes: StepLoad) -> float:
         """The time per token of steps that only decode."""
-        model = self.model
-        return max(self.max_in_flight * model.step_seconds(decodes), model.trip_seconds(decodes))
+        step_s, trip_s = self.model.step_seconds(decodes), self.model.trip_seconds(decodes)
+        return max(self.max_in_flight * step_s, trip_s / self._num_trips)

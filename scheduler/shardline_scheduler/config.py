@@ -12,7 +12,10 @@ class SchedulerConfig:
     `num_blocks` blocks of `block_size` tokens are the KV memory that every worker has.
     `max_num_seqs` limits the running requests, `max_num_batched_tokens` the tokens of one step,
     `max_num_waiting` the queue. `max_in_flight` is the number of steps that may be planned and not
-    yet committed; None means one for each of the `num_stages` stages.
+    yet committed; None means one for each of the `num_stages` stages. With `plans_ahead`, the next
+    step is planned while one runs: a request may then be in both, and its token of the first is
+    read in the second without the scheduler knowing it. That is for a single stage, since others
+    keep busy by steps that follow each other anyway.
     """
 
     num_blocks: int
@@ -24,6 +27,7 @@ class SchedulerConfig:
     num_stages: int = 1
     max_in_flight: int | None = None
     enable_prefix_cache: bool = True
+    plans_ahead: bool = False
     policy: str = "edf"
 
     def __post_init__(self) -> None:
@@ -45,13 +49,36 @@ class SchedulerConfig:
                 f"max_num_batched_tokens {self.max_num_batched_tokens} is below "
                 f"max_num_seqs {self.max_num_seqs}; raise the first or lower the second"
             )
+        if self.plans_ahead and self.num_stages > 1:
+            raise ValueError(
+                f"plans_ahead is for one stage, and num_stages is {self.num_stages}; turn it off"
+            )
+        if self.plans_ahead and self.max_in_flight is not None:
+            raise ValueError(
+                f"plans_ahead has two steps in flight, and max_in_flight is {self.max_in_flight}; "
+                "leave one of them out"
+            )
         if self.policy not in POLICIES:
             raise ValueError(f"policy {self.policy!r} is unknown; one of {sorted(POLICIES)}")
 
     @property
     def in_flight_limit(self) -> int:
         """How many steps may be in flight."""
+        if self.plans_ahead:
+            return 2
         return self.num_stages if self.max_in_flight is None else self.max_in_flight
+
+    @property
+    def num_shares(self) -> int:
+        """Among how many steps in flight the decodes are dealt: ahead, each step has all."""
+        return 1 if self.plans_ahead else self.in_flight_limit
+
+    @property
+    def num_trips_at_once(self) -> int:
+        """How many steps with the same decodes are in flight: while one is computed, another one
+        is on its way there or back.
+        """
+        return self.in_flight_limit // self.num_shares
 
     @property
     def max_request_tokens(self) -> int:

@@ -16,8 +16,9 @@ class Expiries:
     later, and is looked up again when it has come: every operation is O(log n).
     """
 
-    def __init__(self, model: PipeModel) -> None:
+    def __init__(self, model: PipeModel, num_trips_at_once: int = 1) -> None:
         self._model = model
+        self._num_trips = num_trips_at_once
         self._heap: list[tuple[float, int, Request]] = []
 
     @property
@@ -63,14 +64,15 @@ class Expiries:
             return deadline
         # The mean of all tokens that may come: those still to come can make up for the others.
         late = request.first_token_time + budget.tpot_ms / 1e3 * (sampling.max_tokens - 1)
-        num_left = sampling.max_tokens - request.num_output_tokens - request.is_token_in_flight
+        num_left = sampling.max_tokens - request.num_output_tokens - request.num_tokens_in_flight
         return min(deadline, late - again_s - num_left * token_s)
 
     def _best_token_s(self, request: Request) -> float:
         if not self._model.is_ready:
             return 0.0
         decode = StepLoad(0, 1, len(request.token_ids), 0)
-        return BEST_CASE * self._model.expected_trip_seconds(decode)
+        trip_s = self._model.expected_trip_seconds(decode) / self._num_trips
+        return BEST_CASE * max(self._model.expected_step_seconds(decode), trip_s)
 
     def _best_replay_s(self, request: Request) -> float:
         """What it has to compute again before its next token, whose own step is not counted."""
@@ -87,9 +89,9 @@ class Expiries:
 
 
 def _least_tokens(request: Request) -> int:
-    """Tokens that it has yet to say after the next one, come what may."""
+    """Tokens that it has yet to say after those that may be back at once, come what may."""
     sampling = request.sampling
     least = sampling.max_tokens
     if sampling.stop_token_ids:
         least = max(1, sampling.min_tokens)
-    return max(0, least - request.num_output_tokens - 1)
+    return max(0, least - request.num_output_tokens - max(1, request.num_tokens_in_flight))

@@ -57,7 +57,7 @@ class Keeper(Protocol):
         """It is a guest from now on."""
         ...
 
-    def promise_starving(self, now: float) -> Request | None:
+    def promise_starving(self, now: float, ahead: Ahead) -> Request | None:
         """A guest who is promised something from now on, if there is one whose time it is."""
         ...
 
@@ -107,7 +107,7 @@ class NoBudgets:
     def degrade(self, request: Request) -> None:
         """Nothing to do."""
 
-    def promise_starving(self, now: float) -> Request | None:
+    def promise_starving(self, now: float, ahead: Ahead) -> Request | None:
         """Nobody: everybody is a guest."""
         return None
 
@@ -136,10 +136,14 @@ class BudgetKeeper:
         model: PipeModel,
         jitter: Callable[[], float],
     ) -> None:
-        in_flight = config.in_flight_limit
-        self._pricing = Pricing(model, in_flight, config.max_num_batched_tokens)
+        self._pricing = Pricing(
+            model,
+            config.num_shares,
+            config.max_num_batched_tokens,
+            num_trips_at_once=config.num_trips_at_once,
+        )
         self._admission = Admission(config, self._pricing, policy, jitter)
-        self._expiries = Expiries(model)
+        self._expiries = Expiries(model, config.num_trips_at_once)
         self._target = TimeTarget(self._pricing)
         self.cost: StepCost = self._target
 
@@ -183,9 +187,9 @@ class BudgetKeeper:
         """It is a guest from now on."""
         self._admission.degrade(request)
 
-    def promise_starving(self, now: float) -> Request | None:
+    def promise_starving(self, now: float, ahead: Ahead) -> Request | None:
         """One who has not got on for seconds, while others are promised all there is."""
-        return self._admission.promise_starving(now)
+        return self._admission.promise_starving(now, ahead)
 
     def pop_hopeless(self, now: float) -> list[Request]:
         """Those that cannot make it any more, by what an empty server would need."""

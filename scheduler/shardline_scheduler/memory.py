@@ -57,8 +57,8 @@ class KvMemory:
         return num_cached_tokens
 
     def lacks_block(self, request: Request) -> bool:
-        """Whether the last token of the request has no slot yet."""
-        return len(request.token_ids) > len(request.block_table) * self.block_size
+        """Whether the next token to be computed has no slot yet."""
+        return request.num_computed_tokens >= len(request.block_table) * self.block_size
 
     def grow(self, request: Request) -> None:
         """One more block at the end of the table."""
@@ -66,22 +66,28 @@ class KvMemory:
 
     def has_full_block(self, request: Request) -> bool:
         """Whether planned tokens fill a block that is not registered yet."""
-        return request.num_computed_tokens // self.block_size > request.num_registered_blocks
+        return self._num_full_blocks(request) > request.num_registered_blocks
 
     def register(self, request: Request) -> None:
         """Offer the blocks that the plan just made fills to all later plans.
 
         They are not written yet, but plans are executed in order: whoever finds them here is
         planned later, and so reads them later. Within one plan that would not hold, so this is
-        called when the plan is complete.
+        called when the plan is complete; or when its last token is known, if that is later.
         """
         if not self._is_caching:
             return
-        num_full = request.num_computed_tokens // self.block_size
+        num_full = self._num_full_blocks(request)
         self._extend_digests(request, num_full)
         for i in range(request.num_registered_blocks, num_full):
             self.pool.cache.insert(request.block_digests[i], request.block_table[i])
         request.num_registered_blocks = num_full
+
+    def register_late(self, request: Request) -> None:
+        """A token has come; if a step that reads it is in flight, it may have filled a block."""
+        num_known = len(request.token_ids)
+        if not num_known % self.block_size and request.num_computed_tokens >= num_known:
+            self.register(request)
 
     def free(self, request: Request) -> None:
         """Give all blocks of the request back."""
@@ -95,6 +101,10 @@ class KvMemory:
     def check(self, requests: Iterable[Request]) -> None:
         """Assert that no block leaks, `requests` being all that are alive."""
         self.pool.check(request.block_table for request in requests)
+
+    def _num_full_blocks(self, request: Request) -> int:
+        """Blocks of tokens that are known, and computed by what is planned."""
+        return min(request.num_computed_tokens, len(request.token_ids)) // self.block_size
 
     def _num_blocks_for(self, request: Request) -> int:
         return -(-len(request.token_ids) // self.block_size)

@@ -6,6 +6,10 @@ A plan is a delta: a request travels in full once, and as a few integers in ever
 
 from msgspec import Struct
 
+# Among a request's tokens in a plan: the one that the workers drew for it last. Only they know it
+# while the step that draws it is in flight.
+LAST_DRAWN = -1
+
 
 class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How the tokens of one request are chosen; already validated, nothing is optional by accident.
@@ -59,7 +63,8 @@ class ScheduledRequest(Struct, frozen=True, array_like=True, gc=False):
     """One request's part of a step: compute tokens [num_computed, num_computed + num_scheduled).
 
     `token_ids` are appended to the request's tokens before the step runs: the sampled tokens that
-    the workers have not been told yet. `block_ids` are appended to its block table.
+    the workers have not been told yet, or `LAST_DRAWN`. `block_ids` are appended to its block
+    table.
     `samples` says that a token is drawn from the logits of the last scheduled token.
     """
 

@@ -14,6 +14,7 @@ from .request import Request, RequestState
 from .seating import Seating
 from .step import Step
 from .target import Prompts
+from .verdict import Ahead
 from .victims import Victims
 
 _RUNNING = RequestState.RUNNING
@@ -38,9 +39,9 @@ class Planner:
         self._memory, self._waiting = seating.memory, seating.waiting
         self._running = seating.running
 
-    def fill(self, step_id: int, now: float) -> Step:
+    def fill(self, step_id: int, now: float, ahead: Ahead) -> Step:
         """The step, perhaps with nothing in it."""
-        if (request := self._keeper.promise_starving(now)) is not None:
+        if (request := self._keeper.promise_starving(now, ahead)) is not None:
             self._seating.begin_promise(request)
         step = Step(step_id, self._keeper.cost, self._memory)
         victims = Victims(self._running, self._policy, step_id, now)
@@ -51,14 +52,14 @@ class Planner:
     def _plan_decodes(self, step: Step, victims: Victims, now: float) -> None:
         """Give decodes their token, oldest first; those of guests if they leave time for the rest.
 
-        Of R decodes at most ⌈R / in_flight_limit⌉, so that micro-batches stay even: requests that
-        came together would else share one micro-batch for ever, and leave the stages before and
-        after it idle.
+        Of R decodes at most ⌈R / num_shares⌉, so that micro-batches stay even: requests that came
+        together would else share one micro-batch for ever, and leave the stages before and after
+        it idle.
         """
-        in_flight, running = self.config.in_flight_limit, self._running
-        self._take_decodes(step, victims, -(-running.num_promised_decodes // in_flight), inf)
+        num_shares, running = self.config.num_shares, self._running
+        self._take_decodes(step, victims, -(-running.num_promised_decodes // num_shares), inf)
         self._make_way(victims)
-        cap = -(-running.num_decodes // in_flight)
+        cap = -(-running.num_decodes // num_shares)
         if len(step) < cap:
             limit_s = self._keeper.guest_limit_s(step.load, now)
             self._take_decodes(step, victims, cap, limit_s, guest=True)
@@ -70,14 +71,18 @@ class Planner:
         busy server, so it goes by lists, and asks for time once.
         """
         passed_over: list[Request] = []
+        taken: list[Request] = []
         while len(step) < cap and (decodes := self._running.pop_decodes(cap - len(step), guest)):
             num_timely = self._count_within(limit_s, step.load, decodes)
             timely = decodes[:num_timely]
-            step.take_decodes([r for r in timely if self._can_go_on(r, step, victims, passed_over)])
+            able = [r for r in timely if self._can_go_on(r, step, victims, passed_over)]
+            step.take_decodes(able)
+            taken += able
             if num_timely < len(decodes):
                 passed_over += decodes[num_timely:]
                 break
         self._running.put_back(passed_over, guest=guest)
+        self._running.follow(taken)
 
     def _count_within(self, limit_s: float, load: StepLoad, decodes: list[Request]) -> int:
         """How many of them, from the first on, may join a step until it takes `limit_s`."""

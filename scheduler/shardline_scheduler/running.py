@@ -10,11 +10,16 @@ _PROMISED = Rank.PROMISED
 
 
 class RunningRequests:
-    """By request_index. Each is a prefill (more to compute than one token), a decode whose token
-    is back, or waits for its token.
+    """By request_index. Each is a prefill (more to compute than one token), a decode whose next
+    token can be planned, or waits for a token.
+
+    With `plans_ahead` the next one can be planned while one token is in flight, unless that may
+    end the request: never beyond max_tokens, and not while it has a strike, since the next step
+    would be one of those that it could take down.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, plans_ahead: bool = False) -> None:
+        self._plans_ahead = plans_ahead
         self._requests: dict[int, Request] = {}
         self._prefills: dict[int, Request] = {}
         # Oldest token first, promised requests and guests. Who stops running stays in here until
@@ -67,6 +72,7 @@ class RunningRequests:
         del self._prefills[request.request_index]
         if request.terms.is_promised:
             self._num_promised_decodes += 1
+        self._queue_ahead(request)
 
     def begin_promise(self, request: Request) -> None:
         """A running guest is promised something."""
@@ -74,7 +80,7 @@ class RunningRequests:
         if index in self._prefills:
             return
         self._num_promised_decodes += 1
-        if not request.is_token_in_flight:
+        if request.is_queued:
             guests.remove(index)
             promised.append(index)
 
@@ -84,12 +90,29 @@ class RunningRequests:
         if index in self._prefills:
             return
         self._num_promised_decodes -= 1
-        if not request.is_token_in_flight:
+        if request.is_queued:
             promised.remove(index)
             guests.append(index)
 
-    def push_decode(self, request: Request) -> None:
-        """Its token is back; it is the youngest."""
+    def take_token(self, request: Request) -> None:
+        """Its token is back, and it goes on; it is the youngest."""
+        if not self._plans_ahead:
+            self._queue(request)
+        elif not request.is_queued:
+            self._queue_ahead(request)
+
+    def follow(self, decodes: Iterable[Request]) -> None:
+        """A step has taken these, and is complete but for prompts."""
+        if self._plans_ahead:
+            for request in decodes:
+                self._queue_ahead(request)
+
+    def _queue_ahead(self, request: Request) -> None:
+        if self._plans_ahead and may_plan_ahead(request):
+            self._queue(request)
+
+    def _queue(self, request: Request) -> None:
+        request.is_queued = True
         self._decodes[request.terms.rank is not _PROMISED].append(request.request_index)
 
     def pop_decodes(self, num_wanted: int, guest: bool) -> list[Request]:
@@ -101,11 +124,16 @@ class RunningRequests:
         while decodes and (num_missing := num_wanted - len(popped)) > 0:
             indexes = [decodes.popleft() for _ in range(min(num_missing, len(decodes)))]
             popped += [request for index in indexes if (request := find(index)) is not None]
+        for request in popped:
+            request.is_queued = False
         return popped
 
     def put_back(self, decodes: Iterable[Request], *, guest: bool) -> None:
         """Decodes that were popped in this order and could not be planned."""
-        indexes = [request.request_index for request in decodes]
+        indexes = []
+        for request in decodes:
+            request.is_queued = True
+            indexes.append(request.request_index)
         self._decodes[guest].extendleft(reversed(indexes))
 
     def check(self) -> None:
@@ -113,12 +141,27 @@ class RunningRequests:
         queued = (*self._decodes[False], *self._decodes[True])
         decodes = [index for index in queued if index in self._requests]
         awaiting = [
-            index for index, request in self._requests.items() if request.is_token_in_flight
+            index
+            for index, request in self._requests.items()
+            if request.is_token_in_flight and not request.is_queued
         ]
         assert sorted([*self._prefills, *decodes, *awaiting]) == sorted(self._requests), (
             f"prefills {[*self._prefills]}, decodes {decodes} and awaiting {awaiting} "
             f"are not the running {[*self._requests]}"
         )
+        assert all(self._requests[index].is_queued for index in decodes), "queued unawares"
+        may_follow = [index for index in awaiting if may_plan_ahead(self._requests[index])]
+        assert not (self._plans_ahead and may_follow), f"{may_follow} are left behind"
         promised = [r for i, r in self._requests.items() if i not in self._prefills]
         num_promised = sum(request.terms.is_promised for request in promised)
         assert self._num_promised_decodes == num_promised, "promised decodes are miscounted"
+
+
+def may_plan_ahead(request: Request) -> bool:
+    """Whether the token after the one in flight may be planned."""
+    num_ahead = request.num_tokens_in_flight
+    return (
+        num_ahead < 2
+        and request.num_output_tokens + num_ahead < request.sampling.max_tokens
+        and not (num_ahead and request.num_strikes)
+    )

@@ -5,8 +5,12 @@ afford). A chunk of a prompt, what a prefix hit leaves over, a decode and the re
 preemption are the same line.
 
 Several plans may be in flight. `num_computed_tokens` moves when a plan is made, so chunks of one
-request may follow each other at once; a decode waits for its token. Workers execute plans strictly
-in order, and results are committed in that order.
+request may follow each other at once; a decode waits for its token, unless `plans_ahead` lets the
+next one be planned while it is drawn. Workers execute plans strictly in order, and results are
+committed in that order.
+
+A request that ends by a token was perhaps planned ahead once more: it leaves at once, and what that
+step draws for it is dropped.
 
 A request_index is current from the plan that introduces it until its request finishes, is
 preempted or is aborted, and is never used again. A token or logprob that comes back for an index
@@ -153,7 +157,7 @@ class Scheduler:
         self._set_time(now)
         if len(self._in_flight) >= self.config.in_flight_limit:
             return None
-        step = self._planner.fill(self._num_steps, now)
+        step = self._planner.fill(self._num_steps, now, self._ahead())
         if not len(step):
             return None
         self._num_steps += 1
@@ -320,7 +324,8 @@ class Scheduler:
             outcome = outcome_of(request, now, is_complete=True)
             self._outcomes.count(request.budget, outcome)
         else:
-            self._running.push_decode(request)
+            self._running.take_token(request)
+            self._memory.register_late(request)
             if num_tokens in (1, request.terms.num_planned_tokens):
                 self._keeper.take_token(request)
         return RequestOutput(

@@ -16,7 +16,7 @@ class Seating:
     def __init__(self, config: SchedulerConfig, policy: Policy) -> None:
         self.memory = KvMemory(config.num_blocks, config.block_size, config.enable_prefix_cache)
         self.waiting = WaitingQueue(policy)
-        self.running = RunningRequests()
+        self.running = RunningRequests(plans_ahead=config.plans_ahead)
         self.num_preemptions = 0
         self._released: list[int] = []
         self._indexes = count()

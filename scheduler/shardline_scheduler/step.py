@@ -2,7 +2,7 @@
 
 from .cost import StepCost, StepLoad
 from .memory import KvMemory
-from .plan import NewRequest, ScheduledRequest, StepPlan
+from .plan import LAST_DRAWN, NewRequest, ScheduledRequest, StepPlan
 from .request import Request
 
 
@@ -41,26 +41,27 @@ class Step:
         )
 
     def take_decodes(self, decodes: list[Request]) -> None:
-        """Take the last token of each, which the workers have not been told yet. Whether it can be
-        afforded is not asked: who began has a right to his next token.
+        """Take the next token of each, which the workers have not been told yet, or which they draw
+        in the step before. Whether it can be afforded is not asked: who began has a right to his
+        next token.
         """
         scheduled, filled, step_id = self._scheduled, self._filled, self.step_id
         block_size, context = self._memory.block_size, 0
         for request in decodes:
             token_ids, block_table = request.token_ids, request.block_table
-            num_known, new_blocks = len(token_ids), block_table[request.num_sent_blocks :]
+            position = request.num_computed_tokens
+            new_blocks = block_table[request.num_sent_blocks :]
+            tokens = token_ids[position:] or [LAST_DRAWN]
             scheduled.append(
-                ScheduledRequest(
-                    request.request_index, num_known - 1, 1, token_ids[-1:], new_blocks, True
-                )
+                ScheduledRequest(request.request_index, position, 1, tokens, new_blocks, True)
             )
             if new_blocks:
                 request.num_sent_blocks = len(block_table)
-            request.num_computed_tokens = num_known
+            request.num_computed_tokens = position + 1
             request.last_step_id = step_id
-            request.is_token_in_flight = True
-            context += num_known - 1
-            if not num_known % block_size:
+            request.num_tokens_in_flight += 1
+            context += position
+            if not (position + 1) % block_size:
                 filled.append(request)
         self.num_samples += len(decodes)
         self.load.num_decodes += len(decodes)
@@ -92,7 +93,7 @@ class Step:
         request.num_computed_tokens = end
         request.last_step_id = self.step_id
         if end == num_known:
-            request.is_token_in_flight = True
+            request.num_tokens_in_flight += 1
             self.num_samples += 1
         if self._memory.has_full_block(request):
             self._filled.append(request)

@@ -82,6 +82,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     layer_times: LayerTimes | None = None
     keeps_spare: bool = True
     has_cuda_graphs: bool = True
+    plans_ahead: bool = False
 
     @property
     def max_kv_blocks(self) -> int:
@@ -104,6 +105,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
             num_stages=self.layout.pp,
             max_in_flight=self.max_in_flight,
             enable_prefix_cache=self.enable_prefix_caching,
+            plans_ahead=self.plans_ahead,
             policy=self.policy,
         )
 

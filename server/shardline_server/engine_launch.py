@@ -98,6 +98,7 @@ def plan_engine(
         layer_times=times,
         keeps_spare=settings.spare_worker,
         has_cuda_graphs=settings.cuda_graphs,
+        plans_ahead=choose_plans_ahead(settings, device),
     )
 
 
@@ -117,6 +118,13 @@ def choose_block_size(wanted: int | None, device: str) -> int:
     if wanted is not None and wanted % unit:
         raise ConfigError(f"--block-size {wanted}: on CUDA it has to be a multiple of {unit}")
     return wanted or max(unit, 16)
+
+
+def choose_plans_ahead(settings: ServeSettings, device: str) -> bool:
+    """As asked; else where the next step can wait in the worker, and it is worth it."""
+    if settings.async_scheduling is not None:
+        return settings.async_scheduling
+    return device == "cuda" and settings.pp == 1 and settings.max_in_flight is None
 
 
 def choose_device(wanted: str, num_workers: int) -> str:

@@ -53,7 +53,7 @@ def _parameter(name: str, field: FieldInfo) -> click.Parameter:
         return click.Argument([name], required=False)
     flag = next(item for item in field.metadata if isinstance(item, Flag))
     option = f"--{name.replace('_', '-')}"
-    is_bool = field.annotation is bool
+    is_bool = field.annotation in (bool, bool | None)
     return GroupedOption(
         [f"{option}/--no-{option[2:]}" if is_bool else option, *flag.aliases, name],
         group=flag.group,

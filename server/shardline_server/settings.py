@@ -141,6 +141,11 @@ class ServeSettings(DoorSettings, BaseSettings):
     max_in_flight: Annotated[Count | None, Flag("Memory and scheduling", "N")] = Field(
         None, description="steps inside the pipe at once [default: one for each stage]"
     )
+    async_scheduling: Annotated[bool | None, Flag("Memory and scheduling")] = Field(
+        None,
+        description="plan the next step while one runs, with one stage; a newcomer then waits for "
+        "both [default: on CUDA on, on CPUs off]",
+    )
     max_num_waiting: Annotated[Count, Flag("Memory and scheduling", "N")] = Field(
         1024, description="requests that may wait; more are refused with 503"
     )
@@ -200,6 +205,16 @@ class ServeSettings(DoorSettings, BaseSettings):
             raise ValueError(
                 f"max_num_batched_tokens {self.max_num_batched_tokens} is below "
                 f"max_num_seqs {self.max_num_seqs}; raise the first or lower the second"
+            )
+        if self.async_scheduling and self.pp > 1:
+            raise ValueError(
+                f"async_scheduling is for one stage and pp is {self.pp}: stages keep busy by "
+                "max_in_flight"
+            )
+        if self.async_scheduling and self.max_in_flight is not None:
+            raise ValueError(
+                f"async_scheduling has two steps in flight and max_in_flight is "
+                f"{self.max_in_flight}; give one"
             )
         if self.kv_memory is not None and self.num_kv_blocks is not None:
             raise ValueError(

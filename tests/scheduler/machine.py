@@ -1,6 +1,6 @@
 """A pipe on a virtual clock: every stage takes exactly what its prices say."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import inf
@@ -114,7 +114,7 @@ class Machine:
         self._by_index: dict[int, int] = {}
         self._ends: dict[int, int] = {}
         self._known: dict[int, int] = {}
-        self._awaiting: set[int] = set()
+        self._awaiting: Counter[int] = Counter()
         self.beginners: list[int] = []
 
     def run(self, visits: Iterable[Visit], until: float = inf) -> None:
@@ -164,7 +164,7 @@ class Machine:
     def _submit(self, plan: StepPlan) -> None:
         load, end = StepLoad(), self.now
         for index in plan.released:
-            self._awaiting.discard(index)
+            del self._awaiting[index]
             self._ends.pop(index, None)
         for new in plan.new_requests:
             self._by_index[new.request_index] = new.sampling.seed
@@ -181,21 +181,24 @@ class Machine:
         self._in_flight.append(Running(plan, end))
 
     def _assert_in_order(self, plan: StepPlan) -> None:
-        """Chunks follow each other and end where the prompt does; a token is awaited once."""
+        """Chunks follow each other and end where the prompt does; tokens are awaited one by one,
+        or two by two where steps are planned ahead.
+        """
+        most = 1 if self.scheduler.config.plans_ahead else 0
         self._known |= {new.request_index: len(new.token_ids) for new in plan.new_requests}
         for part in plan.scheduled:
             index, end = part.request_index, part.num_computed_tokens + part.num_scheduled_tokens
-            assert index not in self._awaiting, "its token is not back"
+            assert self._awaiting[index] <= most, "its token is not back"
             start = self._ends.get(index, part.num_computed_tokens)
             assert start == part.num_computed_tokens, "a chunk is left out or comes twice"
             self._ends[index] = end
             self._known[index] += len(part.token_ids)
             assert part.samples == (end == self._known[index]), "chunks are not the prompt"
             if part.samples:
-                self._awaiting.add(index)
+                self._awaiting[index] += 1
 
     def _commit(self, plan: StepPlan) -> None:
-        self._awaiting -= {part.request_index for part in plan.scheduled if part.samples}
+        self._awaiting -= Counter(p.request_index for p in plan.scheduled if p.samples)
         tokens = [
             SampledToken(part.request_index, self._draw(part.request_index), None)
             for part in plan.scheduled

@@ -1,6 +1,6 @@
 """A scheduler with a reference worker behind it: holds every plan against the limits."""
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from shardline_scheduler import FinishReason, Request, RequestOutput, Scheduler, SchedulerConfig
@@ -51,7 +51,7 @@ class Pipe:
         self.in_flight: deque[StepPlan] = deque()
         self.streams: dict[str, Stream] = {}
         self.running: dict[int, bool] = {}  # By index: whether all known tokens are planned.
-        self.awaiting: set[int] = set()
+        self.awaiting: Counter[int] = Counter()
         self.now = 0.0
 
     def add(self, request_id: str, prompt: list[int], **sampling: object) -> Stream:
@@ -76,7 +76,7 @@ class Pipe:
 
     def commit(self) -> list[RequestOutput]:
         result = self.worker.execute(self.in_flight.popleft())
-        self.awaiting -= {token.request_index for token in result.tokens}
+        self.awaiting -= Counter(token.request_index for token in result.tokens)
         outputs = self.scheduler.commit(result, self.now)
         assert len({output.request_id for output in outputs}) == len(outputs)
         for output in outputs:
@@ -120,14 +120,15 @@ class Pipe:
         assert parts and len(set(indexes)) == len(parts)
         num_tokens = sum(part.num_scheduled_tokens for part in parts)
         assert num_tokens <= self.config.max_num_batched_tokens
-        assert not self.awaiting & set(indexes), "whose token is not back is not planned"
+        most = 1 if self.config.plans_ahead else 0
+        assert all(self.awaiting[index] <= most for index in indexes), "its token is not back"
         for index in plan.released:
             del self.running[index]
-            self.awaiting.discard(index)
+            del self.awaiting[index]
         decodes = [index for index in indexes if self.running.get(index)]
         num_decodes = sum(self.running.values()) + num_preempted
-        assert len(decodes) <= -(-num_decodes // self.config.in_flight_limit)
+        assert len(decodes) <= -(-num_decodes // self.config.num_shares)
         for part in parts:
             self.running[part.request_index] = part.samples
         assert len(self.running) <= self.config.max_num_seqs
-        self.awaiting |= {part.request_index for part in parts if part.samples}
+        self.awaiting += Counter(part.request_index for part in parts if part.samples)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from zlib import crc32
 
 from shardline_scheduler.plan import (
+    LAST_DRAWN,
     NewRequest,
     PromptLogprobs,
     SampledToken,
@@ -54,6 +55,7 @@ class Known:
     request: NewRequest
     token_ids: list[int]
     num_computed: int | None = None
+    last_drawn: int | None = None
     slots: list[int] = field(default_factory=list)
 
 
@@ -97,7 +99,11 @@ class ReferenceWorker:
             known.num_computed = part.num_computed_tokens
         assert known.num_computed == part.num_computed_tokens, "chunks follow each other"
         known.num_computed += part.num_scheduled_tokens
-        known.token_ids += part.token_ids
+        for token in part.token_ids:
+            assert known.last_drawn is not None, "only drawn tokens are added"
+            assert token in (LAST_DRAWN, known.last_drawn), "another token than was drawn"
+            known.token_ids.append(known.last_drawn)
+            known.last_drawn = None
         assert part.samples == (known.num_computed == len(known.token_ids))
         for block_id in part.block_ids:
             assert 0 <= block_id < self.num_blocks
@@ -129,6 +135,6 @@ class ReferenceWorker:
                     piece = PromptLogprobs(part.request_index, start, logprobs)
                     prompt_logprobs.append(piece)
             if part.samples:
-                token = draw(known.token_ids, num_prompt, sampling)
+                token = known.last_drawn = draw(known.token_ids, num_prompt, sampling)
                 tokens.append(SampledToken(part.request_index, token, None))
         return StepResult(plan.step_id, tokens, prompt_logprobs)

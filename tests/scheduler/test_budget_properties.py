@@ -28,14 +28,15 @@ seeds = st.integers(0, 2**48)
 NUM_WORLDS_TO_COME_BACK_TO = 500
 
 
+@pytest.mark.parametrize("plans_ahead", [False, True])
 @given(seed=seeds)
 @example(seed=192)  # A step time from an earlier promise held back decodes.
 @IN_MANY_WORLDS
-def test_who_is_admitted_is_in_time_whoever_comes_later(seed: int) -> None:
+def test_who_is_admitted_is_in_time_whoever_comes_later(plans_ahead: bool, seed: int) -> None:
     """So admission has never accepted what cannot be kept. On the way the machine holds every plan
-    against the rules: chunks make up the prompt, and a decode is in flight once.
+    against the rules: chunks make up the prompt, and a decode is in flight once, or twice.
     """
-    m, crowd = world(seed)
+    m, crowd = world(seed, plans_ahead=plans_ahead)
     m.run(crowd)
     for visit in crowd:
         if visit.refusal is None:
@@ -73,13 +74,16 @@ def test_tenants_with_a_backlog_are_served_alike(
         assert abs(served["a"] - served["b"]) <= 2 * max(cost.values())
 
 
-def test_most_who_come_back_as_told_are_admitted_and_all_of_those_in_time() -> None:
+@pytest.mark.parametrize("plans_ahead", [False, True])
+def test_most_who_come_back_as_told_are_admitted_and_all_of_those_in_time(
+    plans_ahead: bool,
+) -> None:
     """If nobody else comes meanwhile. Not all: what is short then may be something else, or steps
     of requests without limits go on. How many are is held here, so that it gets no worse.
     """
     admitted: list[bool] = []
     for seed in range(NUM_WORLDS_TO_COME_BACK_TO):
-        m, crowd = world(seed)
+        m, crowd = world(seed, plans_ahead=plans_ahead)
         again = run_until_told(m, crowd)
         if again is not None:
             m.run([again])

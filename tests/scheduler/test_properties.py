@@ -41,6 +41,7 @@ def configs(draw: st.DrawFn) -> SchedulerConfig:
     block_size = draw(st.integers(1, 5))
     num_needed = -(-(MAX_PROMPT_TOKENS + MAX_TOKENS - 1) // block_size)
     max_num_seqs = draw(st.integers(1, 6))
+    plans_ahead = draw(st.booleans())
     return SchedulerConfig(
         num_blocks=num_needed + draw(st.sampled_from([0, 1, 3, 6, 50])),
         block_size=block_size,
@@ -48,8 +49,9 @@ def configs(draw: st.DrawFn) -> SchedulerConfig:
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + draw(st.integers(0, 20)),
         max_num_waiting=8,
-        num_stages=draw(st.integers(1, 4)),
-        max_in_flight=draw(st.sampled_from([None, None, 1, 3, 5])),
+        num_stages=1 if plans_ahead else draw(st.integers(1, 4)),
+        max_in_flight=None if plans_ahead else draw(st.sampled_from([None, None, 1, 3, 5])),
+        plans_ahead=plans_ahead,
         enable_prefix_cache=draw(st.booleans()),
     )
 
@@ -164,6 +166,19 @@ def test_the_prefix_cache_changes_no_token(config: SchedulerConfig, seed: int) -
     )
     assert {name: stream.tokens for name, stream in without.items()} == {
         name: stream.tokens for name, stream in cached.items()
+    }
+
+
+@given(config=configs(), seed=st.integers(0, 2**32))
+@settings(max_examples=100, deadline=None)
+def test_planning_ahead_changes_no_token(config: SchedulerConfig, seed: int) -> None:
+    config = replace(config, num_stages=1, max_in_flight=None, max_num_waiting=100)
+    without, ahead = (
+        run(replace(config, plans_ahead=plans_ahead), Random(seed), 12, 0.0).streams
+        for plans_ahead in (False, True)
+    )
+    assert {name: (stream.tokens, stream.finish_reason) for name, stream in without.items()} == {
+        name: (stream.tokens, stream.finish_reason) for name, stream in ahead.items()
     }
 
 

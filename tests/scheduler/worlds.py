@@ -9,19 +9,24 @@ from .machine import Machine, Prices, Visit, machine
 _REJECT_MOSTLY = [OnMiss.REJECT] * 3 + [OnMiss.DEGRADE]
 
 
-def world(seed: int) -> tuple[Machine, list[Visit]]:
+def world(seed: int, *, plans_ahead: bool = False) -> tuple[Machine, list[Visit]]:
     """A pipe of one to three uneven stages, and who comes to it: sparse or crowded, with long or
-    short prompts and answers.
+    short prompts and answers. The same crowd comes where steps are planned ahead, to the first of
+    the stages.
     """
     random = Random(seed)
     num_stages = random.choice([1, 1, 2, 3])
-    m = machine(
-        [_prices(random) for _ in range(num_stages)],
-        max_num_seqs=random.choice([4, 16, 64]),
-        max_num_batched_tokens=random.choice([64, 256, 2048]),
-        num_blocks=random.choice([300, 4000]),
-        max_in_flight=random.choice([None, None, num_stages + 1]),
-    )
+    stages = [_prices(random) for _ in range(num_stages)]
+    limits = {
+        "max_num_seqs": random.choice([4, 16, 64]),
+        "max_num_batched_tokens": random.choice([64, 256, 2048]),
+        "num_blocks": random.choice([300, 4000]),
+    }
+    max_in_flight = random.choice([None, None, num_stages + 1])
+    if plans_ahead:
+        m = machine(stages[:1], plans_ahead=True, **limits)
+    else:
+        m = machine(stages, max_in_flight=max_in_flight, **limits)
     return m, _crowd(random)
 
 

@@ -19,6 +19,7 @@ LAYOUTS = {
     "2x2": ParallelLayout(tp=2, stage_layers=(1, 2)),
     "3x1": ParallelLayout(tp=3, stage_layers=(3,)),
 }
+AHEAD = {"1x1-ahead": LAYOUTS["1x1"], "2x1-ahead": LAYOUTS["2x1"]}
 Requests = dict[str, tuple[list[int], SamplingParams]]
 
 
@@ -27,17 +28,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("llama", tmp_path_factory.mktemp("llama"))
 
 
-@pytest.fixture(scope="module", params=LAYOUTS.values(), ids=LAYOUTS)
+@pytest.fixture(scope="module", params=LAYOUTS | AHEAD)
 def engine(request: pytest.FixtureRequest, model: Path) -> Iterator[EngineConnection]:
-    with running_engine(model, request.param, max_num_batched_tokens=128) as connection:
+    layout, plans_ahead = (LAYOUTS | AHEAD)[request.param], request.param in AHEAD
+    options = {"max_num_batched_tokens": 128, "plans_ahead": plans_ahead}
+    with running_engine(model, layout, **options) as connection:
         yield connection
 
 
-@pytest.fixture(scope="module")
-def tight_engine(model: Path) -> Iterator[EngineConnection]:
-    """Two stages and so little KV memory that requests throw each other out."""
-    layout = LAYOUTS["1x2"]
-    with running_engine(model, layout, num_kv_blocks=24, block_size=4) as connection:
+@pytest.fixture(scope="module", params=["1x2", "1x1-ahead"])
+def tight_engine(request: pytest.FixtureRequest, model: Path) -> Iterator[EngineConnection]:
+    """Two stages or a step ahead, and so little KV memory that requests throw each other out."""
+    layout, plans_ahead = (LAYOUTS | AHEAD)[request.param], request.param in AHEAD
+    options = {"num_kv_blocks": 24, "block_size": 4, "plans_ahead": plans_ahead}
+    with running_engine(model, layout, **options) as connection:
         yield connection
 
 
@@ -141,3 +145,46 @@ def test_what_can_never_fit_is_refused_with_the_limit(tight_engine: EngineConnec
     assert delta.error_code == "PromptTooLong"
     assert delta.error_message is not None
     assert "97" in delta.error_message
+
+
+@pytest.mark.parametrize("layout", ["1x1", "2x1"])
+def test_planning_ahead_says_the_same_token_by_token(model: Path, layout: str) -> None:
+    """With whatever looks at the tokens before, such as penalties, and whatever ends a request."""
+    requests: Requests = {}
+    for number, (name, (prompt, _)) in enumerate(make_requests(24, seed=5).items()):
+        requests[name] = (
+            prompt,
+            SamplingParams(
+                max_tokens=1 + number,
+                seed=number,
+                temperature=0.9 * (number % 2),
+                presence_penalty=0.5 * (number % 3),
+                frequency_penalty=0.3 * (number % 3),
+                repetition_penalty=1.0 + 0.2 * (number % 4),
+                min_tokens=min(number, 4),
+                stop_token_ids=tuple(range(0, VOCAB_SIZE, 5)) if number % 2 else (),
+                num_logprobs=number % 3 or None,
+                num_prompt_logprobs=1 if number % 5 == 0 else None,
+            ),
+        )
+    told = []
+    for plans_ahead in (False, True):
+        with running_engine(model, LAYOUTS[layout], plans_ahead=plans_ahead) as engine:
+            told.append(engine.generate(requests))
+            assert engine.stats is not None
+            assert engine.stats.num_used_kv_blocks == 0
+    plain, ahead = told
+    reasons = {outcome.finish_reason for outcome in plain.values()}
+    assert reasons == {"stop", "length"}, "both ends have to come"
+    for name in requests:
+        assert ahead[name].token_ids == plain[name].token_ids
+        assert ahead[name].finish_reason == plain[name].finish_reason
+        for kind in ("logprobs", "prompt_logprobs"):
+            ours, theirs = (
+                [entry for delta in outcome.deltas for entry in getattr(delta, kind)]
+                for outcome in (ahead[name], plain[name])
+            )
+            assert [entry.token_id for entry in ours] == [entry.token_id for entry in theirs]
+            assert [entry.logprob for entry in ours] == pytest.approx(
+                [entry.logprob for entry in theirs], abs=1e-4
+            )

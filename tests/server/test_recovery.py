@@ -29,6 +29,7 @@ LAYOUTS = {
     "2x2": ParallelLayout(tp=2, stage_layers=(1, 2)),
     "1x3": ParallelLayout(tp=1, stage_layers=(1, 1, 1)),
 }
+AHEAD = {"1x1-ahead": ParallelLayout(tp=1, stage_layers=(3,)), "2x1-ahead": LAYOUTS["2x1"]}
 NUM_STREAMS = 32
 Requests = dict[str, tuple[list[int], SamplingParams]]
 
@@ -66,10 +67,12 @@ def undisturbed(model: Path, requests: Requests) -> dict[str, list[int]]:
         return {name: outcome.token_ids for name, outcome in engine.generate(requests).items()}
 
 
-@pytest.fixture(scope="module", params=LAYOUTS.values(), ids=LAYOUTS)
+@pytest.fixture(scope="module", params=LAYOUTS | AHEAD)
 def engine(request: pytest.FixtureRequest, model: Path) -> Iterator[EngineConnection]:
-    with running_engine(model, request.param, max_num_batched_tokens=128) as connection:
-        connection.layout = request.param
+    layout, plans_ahead = (LAYOUTS | AHEAD)[request.param], request.param in AHEAD
+    options = {"max_num_batched_tokens": 128, "plans_ahead": plans_ahead}
+    with running_engine(model, layout, **options) as connection:
+        connection.layout = layout
         yield connection
 
 

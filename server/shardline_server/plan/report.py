@@ -70,12 +70,17 @@ def print_times(console: Console, config: EngineConfig, model: PipeModel) -> Non
     for index, stage in enumerate(model.stages):
         table.add_row(f"stage {index}", *(_times(stage, load) for load in (decodes, prompt)))
     console.print(table)
-    in_flight = config.scheduler_config(1).in_flight_limit
-    token_s = max(in_flight * model.expected_step_seconds(decodes), model.trip_seconds(decodes))
+    scheduler = config.scheduler_config(1)
+    in_flight = scheduler.in_flight_limit
+    num_streams = scheduler.num_shares * NUM_DECODES
+    token_s = max(
+        scheduler.num_shares * model.expected_step_seconds(decodes),
+        model.trip_seconds(decodes) / scheduler.num_trips_at_once,
+    )
     console.print(
         f"Alone, the first token of {NUM_PROMPT_TOKENS} takes "
         f"{1e3 * model.expected_trip_seconds(prompt):.0f} ms; with {in_flight} step(s) in flight, "
-        f"each of {in_flight * NUM_DECODES} streams gets a token every {1e3 * token_s:.1f} ms. "
+        f"each of {num_streams} streams gets a token every {1e3 * token_s:.1f} ms. "
         f"Of a step's way {1e3 * model.trip_overhead_s:.2f} ms are not computing.\n"
         "In brackets: what planning reckons with, which nine steps of ten stay below.",
         soft_wrap=True,

@@ -24,6 +24,7 @@ def simulate_as_said(values: dict[str, Any], read_load: LoadReader) -> None:
             num_blocks=values.pop("kv_tokens") // _BLOCK_SIZE,
             block_size=_BLOCK_SIZE,
             num_stages=len(model.stages),
+            plans_ahead=values.pop("async_scheduling"),
             enable_prefix_cache=False,  # Prompts have lengths alone.
             max_num_waiting=1024,
             **{name: values.pop(name) for name in _SCHEDULER},

@@ -122,11 +122,12 @@ class Replica:
 
     def finish_time(self, visit: Visit, now: float) -> float:
         """When its last token may be expected, by the cost model and what is here already."""
-        model, in_flight = self.scheduler.cost_model, self.scheduler.config.in_flight_limit
-        num_decodes = -(-(self.num_open + 1) // in_flight)
+        model, config = self.scheduler.cost_model, self.scheduler.config
+        num_decodes = -(-(self.num_open + 1) // config.num_shares)
         load = StepLoad(0, num_decodes, num_decodes * len(visit.prompt), 0)
         token_s = max(
-            in_flight * model.expected_step_seconds(load), model.expected_trip_seconds(load)
+            config.num_shares * model.expected_step_seconds(load),
+            model.expected_trip_seconds(load) / config.num_trips_at_once,
         )
         num_tokens = self.num_waiting_tokens + len(visit.prompt)
         prefill_s = model.expected_prefill_seconds(num_tokens, 0)
