@@ -118,9 +118,9 @@ def test_any_worker_may_die_under_running_streams(
     engine: EngineConnection, requests: Requests, undisturbed: dict[str, list[int]]
 ) -> None:
     for place in engine.layout.places():
-        start_streams(engine, requests)
         victim = find_worker(engine, place)
         others = [worker for worker in workers(engine).values() if worker != victim]
+        start_streams(engine, requests)
         victim.kill()
         assert finish_streams(engine) == undisturbed
         assert f"the worker of {place} was killed by signal 9, " in engine.losses.pop()
