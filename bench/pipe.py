@@ -3,12 +3,14 @@
     python bench/pipe.py demo --layouts 1x1 1x2 --in-flight 2 3 --streams 32
 
 Options that it does not know go to the server. Starts `shardline serve` for each, sends waves of
-streams that start together (256 random tokens in, 128 greedy ones out), and reads from `/load` what
-became of the stages' time in between.
+streams that start together (256 random tokens in, 128 greedy ones out) to one after the other, and
+reads from `/load` what became of the stages' time in between. One stage is served with 1 step in
+flight and with 2, the second planned ahead.
 """
 
 import argparse
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -53,6 +55,13 @@ def measure(url: str, num_streams: int) -> str:
     return f"| {num_streams} | {rate} | {latencies} | {' ; '.join(shares)} |"
 
 
+def in_flight_options(layout: str, in_flight: int) -> list[str]:
+    """What makes a server have so many steps in flight."""
+    if layout.endswith("x1"):
+        return ["--async-scheduling" if in_flight > 1 else "--no-async-scheduling"]
+    return ["--max-in-flight", str(in_flight)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
@@ -64,14 +73,17 @@ def main() -> None:
     print("Stages: compute / communication / starved / scheduler, of the time with work\n")
     print("| layout | in flight | streams | tokens/s | mean TPOT ms | mean TTFT ms | stages |")
     print("|---|---|---|---|---|---|---|")
-    for layout in arguments.layouts:
-        for in_flight in arguments.in_flight if layout != "1x1" else [1]:
-            given = [*options, "--max-in-flight", str(in_flight)]
-            with serving(arguments.model, layout, given) as (url, _):
+    with ExitStack() as stack:
+        urls = {}
+        for layout in arguments.layouts:
+            for in_flight in [1, 2] if layout.endswith("x1") else arguments.in_flight:
+                given = [*options, *in_flight_options(layout, in_flight)]
+                url, _ = stack.enter_context(serving(arguments.model, layout, given))
+                urls[layout, in_flight] = url
                 run_wave(url, 4)
-                for num_streams in arguments.streams * arguments.waves:
-                    row = measure(url, num_streams)
-                    print(f"| {layout} | {in_flight} {row}", flush=True)
+        for num_streams in arguments.streams * arguments.waves:
+            for (layout, in_flight), url in urls.items():
+                print(f"| {layout} | {in_flight} {measure(url, num_streams)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """What a step costs the engine, and what an arrival does, in microseconds.
 
 Run as `python bench/scheduler_step.py`. Steps: all requests decode, so each step plans and commits
-one micro-batch of R / p of them; block growth and prefix hashing happen in them. Those who are
-`promised` something have a limit on their time per token, `guests` none. Arrivals: a thousand
-requests with a limit on their first token wait. Medians, with garbage collected as in the engine.
+one micro-batch of R / p of them (one stage that plans `ahead`: all of them, while the step before
+is in flight); block growth and prefix hashing happen in them. Those who are `promised` something
+have a limit on their time per token, `guests` none. Arrivals: a thousand requests with a limit on
+their first token wait. Medians, with garbage collected as in the engine.
 """
 
 from collections import deque
@@ -33,7 +34,9 @@ UNLIMITED = LatencyBudget()
 PATIENT = LatencyBudget(tpot_ms=10_000)
 
 
-def make_scheduler(num_running: int, num_stages: int, num_waiting: int, model: PipeModel):
+def make_scheduler(
+    num_running: int, num_stages: int, num_waiting: int, model: PipeModel, *, ahead: bool = False
+) -> Scheduler:
     config = SchedulerConfig(
         num_blocks=NUM_BLOCKS,
         max_model_len=NUM_BLOCKS,
@@ -41,14 +44,17 @@ def make_scheduler(num_running: int, num_stages: int, num_waiting: int, model: P
         max_num_batched_tokens=num_running * NUM_PROMPT_TOKENS,
         max_num_waiting=num_waiting,
         num_stages=num_stages,
+        plans_ahead=ahead,
     )
     return Scheduler(config, cost_model=model)
 
 
-def decoding_scheduler(num_running: int, num_stages: int, budget: LatencyBudget) -> Scheduler:
+def decoding_scheduler(
+    num_running: int, num_stages: int, budget: LatencyBudget, *, ahead: bool
+) -> Scheduler:
     """A scheduler whose requests have their prompts behind them and nothing in flight."""
     model = given_costs(COSTS, num_stages)
-    scheduler = make_scheduler(num_running, num_stages, num_running, model)
+    scheduler = make_scheduler(num_running, num_stages, num_running, model, ahead=ahead)
     sampling = SamplingParams(max_tokens=NUM_STEPS * num_stages + 2, seed=0)
     for i in range(num_running):
         prompt = list(range(i, i + NUM_PROMPT_TOKENS))
@@ -70,9 +76,11 @@ def execute(plan: StepPlan) -> StepResult:
     return StepResult(plan.step_id, tokens, [])
 
 
-def seconds_per_step(num_running: int, num_stages: int, budget: LatencyBudget) -> list[float]:
+def seconds_per_step(
+    num_running: int, num_stages: int, budget: LatencyBudget, *, ahead: bool = False
+) -> list[float]:
     """Times of one plan and one commit each, with the pipe full."""
-    scheduler = decoding_scheduler(num_running, num_stages, budget)
+    scheduler = decoding_scheduler(num_running, num_stages, budget, ahead=ahead)
     calm_garbage_collector()
     in_flight: deque[StepPlan] = deque()
     times = []
@@ -82,7 +90,7 @@ def seconds_per_step(num_running: int, num_stages: int, budget: LatencyBudget) -
         seconds = perf_counter() - start
         assert plan is not None
         in_flight.append(plan)
-        if len(in_flight) == num_stages:
+        if len(in_flight) == scheduler.config.in_flight_limit:
             result = execute(in_flight.popleft())
             start = perf_counter()
             scheduler.commit(result, 0.0)
@@ -120,14 +128,14 @@ def seconds_of_arrivals(scheduler: Scheduler, budget: Callable[[int], LatencyBud
 def print_steps() -> None:
     columns = ("stages", "running", "who", "us/step", "us/running", "us/planned")
     print(" ".join(f"{name:>11}" for name in columns))
-    for num_stages in (1, 2, 4):
+    for num_stages, ahead in ((1, False), (1, True), (2, False), (4, False)):
         for num_running in (32, 1_000, 10_000):
             for who, budget in (("guests", UNLIMITED), ("promised", PATIENT)):
-                us = 1e6 * median(seconds_per_step(num_running, num_stages, budget))
+                us = 1e6 * median(seconds_per_step(num_running, num_stages, budget, ahead=ahead))
                 per_running = us / num_running
                 print(
-                    f"{num_stages:>11} {num_running:>11} {who:>11} {us:>11.0f} "
-                    f"{per_running:>11.2f} {per_running * num_stages:>11.2f}"
+                    f"{'1 ahead' if ahead else num_stages:>11} {num_running:>11} {who:>11} "
+                    f"{us:>11.0f} {per_running:>11.2f} {per_running * num_stages:>11.2f}"
                 )
 
 

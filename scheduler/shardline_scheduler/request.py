@@ -37,9 +37,8 @@ class Request:
     nothing but computing them again. `num_computed_tokens` counts what has been planned, which is
     ahead of what the workers have done. `request_index` is its current name among the workers, who
     have been told the first `num_sent_blocks` blocks. `num_tokens_in_flight` tokens are being
-    drawn, each in a step of its own; `is_queued` says that the one after them can be planned.
-    `tenant` is whom its work is charged to. Times are the scheduler's, in seconds; -inf where there
-    is none yet.
+    drawn, each in a step of its own. `tenant` is whom its work is charged to. Times are the
+    scheduler's, in seconds; -inf where there is none yet.
     """
 
     request_id: str
@@ -66,7 +65,6 @@ class Request:
     num_sent_blocks: int = field(init=False, default=0)
     last_step_id: int = field(init=False, default=-1)
     num_tokens_in_flight: int = field(init=False, default=0)
-    is_queued: bool = field(init=False, default=False)
     block_table: list[int] = field(init=False, default_factory=list)
     block_digests: list[bytes] = field(init=False, default_factory=list)
     num_registered_blocks: int = field(init=False, default=0)
@@ -101,7 +99,6 @@ class Request:
     def append(self, token_id: int, now: float) -> FinishReason | None:
         """Take in the drawn token; says why the request is finished, if it is."""
         self.num_tokens_in_flight -= 1
-        self.num_strikes = 0
         self.last_token_time = now
         sampling, token_ids = self.sampling, self.token_ids
         index = len(token_ids) - self.num_prompt_tokens
@@ -124,7 +121,6 @@ class Request:
         """Begin, or begin again, with the KV of the first `num_cached_tokens` tokens at hand."""
         self.state = RequestState.RUNNING
         self.request_index = request_index
-        self.is_queued = False
         self.num_computed_tokens = num_cached_tokens
         if self.num_preemptions == 0:
             self.num_cached_tokens = num_cached_tokens

@@ -80,7 +80,7 @@ class RunningRequests:
         if index in self._prefills:
             return
         self._num_promised_decodes += 1
-        if request.is_queued:
+        if self._is_queued(request):
             guests.remove(index)
             promised.append(index)
 
@@ -90,16 +90,18 @@ class RunningRequests:
         if index in self._prefills:
             return
         self._num_promised_decodes -= 1
-        if request.is_queued:
+        if self._is_queued(request):
             promised.remove(index)
             guests.append(index)
 
     def take_token(self, request: Request) -> None:
-        """Its token is back, and it goes on; it is the youngest."""
-        if not self._plans_ahead:
-            self._queue(request)
-        elif not request.is_queued:
-            self._queue_ahead(request)
+        """Its token is back, and it goes on, without strikes; it is the youngest."""
+        had_strikes, request.num_strikes = request.num_strikes, 0
+        # Ahead, it is in the queue already if nothing but this token was in flight.
+        if not self._plans_ahead or (
+            (request.num_tokens_in_flight or had_strikes) and may_plan_ahead(request)
+        ):
+            self._decodes[request.terms.rank is not _PROMISED].append(request.request_index)
 
     def follow(self, decodes: Iterable[Request]) -> None:
         """A step has taken these, and is complete but for prompts."""
@@ -109,11 +111,10 @@ class RunningRequests:
 
     def _queue_ahead(self, request: Request) -> None:
         if self._plans_ahead and may_plan_ahead(request):
-            self._queue(request)
+            self._decodes[request.terms.rank is not _PROMISED].append(request.request_index)
 
-    def _queue(self, request: Request) -> None:
-        request.is_queued = True
-        self._decodes[request.terms.rank is not _PROMISED].append(request.request_index)
+    def _is_queued(self, decode: Request) -> bool:
+        return may_plan_ahead(decode) if self._plans_ahead else not decode.is_token_in_flight
 
     def pop_decodes(self, num_wanted: int, guest: bool) -> list[Request]:
         """Of those promised or of the guests, the decodes whose tokens have been back for longest;
@@ -124,16 +125,11 @@ class RunningRequests:
         while decodes and (num_missing := num_wanted - len(popped)) > 0:
             indexes = [decodes.popleft() for _ in range(min(num_missing, len(decodes)))]
             popped += [request for index in indexes if (request := find(index)) is not None]
-        for request in popped:
-            request.is_queued = False
         return popped
 
     def put_back(self, decodes: Iterable[Request], *, guest: bool) -> None:
         """Decodes that were popped in this order and could not be planned."""
-        indexes = []
-        for request in decodes:
-            request.is_queued = True
-            indexes.append(request.request_index)
+        indexes = [request.request_index for request in decodes]
         self._decodes[guest].extendleft(reversed(indexes))
 
     def check(self) -> None:
@@ -143,15 +139,12 @@ class RunningRequests:
         awaiting = [
             index
             for index, request in self._requests.items()
-            if request.is_token_in_flight and not request.is_queued
+            if request.is_token_in_flight and not self._is_queued(request)
         ]
         assert sorted([*self._prefills, *decodes, *awaiting]) == sorted(self._requests), (
             f"prefills {[*self._prefills]}, decodes {decodes} and awaiting {awaiting} "
             f"are not the running {[*self._requests]}"
         )
-        assert all(self._requests[index].is_queued for index in decodes), "queued unawares"
-        may_follow = [index for index in awaiting if may_plan_ahead(self._requests[index])]
-        assert not (self._plans_ahead and may_follow), f"{may_follow} are left behind"
         promised = [r for i, r in self._requests.items() if i not in self._prefills]
         num_promised = sum(request.terms.is_promised for request in promised)
         assert self._num_promised_decodes == num_promised, "promised decodes are miscounted"

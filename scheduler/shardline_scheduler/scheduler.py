@@ -77,6 +77,7 @@ class Scheduler:
         self._policy = policy or POLICIES[config.policy]()
         self._cost = cost
         self._jitter = jitter
+        self._plans_ahead = config.plans_ahead
         self._seating = seating = Seating(config, self._policy)
         self._memory, self._waiting, self._running = (
             seating.memory,
@@ -325,7 +326,8 @@ class Scheduler:
             self._outcomes.count(request.budget, outcome)
         else:
             self._running.take_token(request)
-            self._memory.register_late(request)
+            if self._plans_ahead:
+                self._memory.register_late(request)
             if num_tokens in (1, request.terms.num_planned_tokens):
                 self._keeper.take_token(request)
         return RequestOutput(

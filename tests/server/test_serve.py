@@ -221,6 +221,18 @@ def test_no_gpu(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         choose_device("cuda", 2)
 
 
+def test_steps_are_planned_ahead_as_asked_else_on_cuda_with_one_stage() -> None:
+    from shardline_server.engine_launch import choose_plans_ahead
+    from shardline_server.settings import ServeSettings
+
+    plain = ServeSettings(model="demo")
+    assert [choose_plans_ahead(plain, device) for device in ("cpu", "cuda")] == [False, True]
+    assert choose_plans_ahead(ServeSettings(model="demo", async_scheduling=True), "cpu")
+    assert not choose_plans_ahead(ServeSettings(model="demo", async_scheduling=False), "cuda")
+    assert not choose_plans_ahead(ServeSettings(model="demo", pp=2), "cuda")
+    assert not choose_plans_ahead(ServeSettings(model="demo", max_in_flight=1), "cuda")
+
+
 def test_blocks_are_pages_on_cuda() -> None:
     from shardline_server.engine_launch import choose_block_size
 
