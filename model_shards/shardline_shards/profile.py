@@ -31,8 +31,9 @@ from shardline_shards.stage_model import StageModel, build_stage_model, decoder_
 _NUM_DECODES = 16
 _CONTEXT = 256
 _CHUNK = 256
-# Requests of 256 tokens in and 128 out, 32 at once: a chunk for every four decode steps.
-_PREFILL_SHARE = 0.25
+# Requests of 256 tokens in and 128 out: such a step ends an eighth of one, so it has to be paid for
+# with an eighth of a chunk.
+_PREFILL_SHARE = _NUM_DECODES / 128
 _BLOCK_SIZE = 256  # a whole number of pages on every device
 _LAYERS_BEHIND_ONE_ANOTHER = 3
 _MIN_RUNS = 5

@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from zlib import crc32
@@ -311,12 +311,13 @@ class Worker:
         """Carry out a plan; the result, on the rank that draws tokens."""
         num_tokens = sum(part.num_scheduled_tokens for part in plan.scheduled)
         self.ledger.begin(plan.step_id, self.channel.checksum, num_tokens)
+        receive_hidden = self._expect_hidden(num_tokens)
         share_drawn(plan, self.requests, self.communicators.collectives, self.device)
         self.requests.apply(plan)
         assert self.batches is not None
         batch = self.batches.build(plan, self.requests)
         self.timer.lap(Part.PREPARE)
-        hidden = self._receive_hidden(batch)
+        hidden = receive_hidden()
         self.timer.lap(Part.TENSOR_WAIT)
         output = (self.graphs or self.stage).run(batch, hidden)
         link = self.communicators.next
@@ -335,11 +336,11 @@ class Worker:
         if self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
 
-    def _receive_hidden(self, batch: StepBatch) -> Tensor | None:
-        link = self.communicators.previous
+    def _expect_hidden(self, num_tokens: int) -> Callable[[], Tensor | None]:
+        link, stage = self.communicators.previous, self.stage
         if link is None:
-            return None
-        return link.receive(batch.num_tokens, self.stage.hidden_size, self.stage.dtype, self.device)
+            return lambda: None
+        return link.begin_receive(num_tokens, stage.hidden_size, stage.dtype, self.device)
 
     def _draw(self, step_id: int, batch: StepBatch, logits: Tensor) -> StepResult:
         self.ledger.note(Operation.DRAW, logits.shape, is_shared=False)

@@ -19,6 +19,7 @@ from shardline_shards.partition import LayerTimes
 logger = logging.getLogger("shardline.launch")
 
 _FOLDER = "layer-times"
+_FORMAT = 2  # other mixes of decodes and prompts in a usual step give other times
 
 
 def find_layer_times(
@@ -71,6 +72,7 @@ def measure(config: ProfileConfig) -> ProfileOutcome:
 def _cache_key(config: ProfileConfig) -> str:
     """All that the times depend on: model, split, numbers, host, and the code that computes."""
     facts = (
+        _FORMAT,
         model_fingerprint(Path(config.model_path)),
         config.dtype,
         config.device,

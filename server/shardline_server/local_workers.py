@@ -63,12 +63,13 @@ class WorkerState(Struct, frozen=True):
 class _WorkerProcess:
     """A child with a ledger; until it is configured it takes no place."""
 
-    def __init__(self, num_threads: int) -> None:
+    def __init__(self, num_threads: int, *, is_spare: bool = False) -> None:
         self.ledger = Ledger.create()
         self.process = prepare_child_process(
             "shardline_shards.worker_process",
             str(os.getpid()),
             str(self.ledger.descriptor),
+            *["spare"] * is_spare,
             environment=thread_environment(num_threads),
             descriptors=(self.ledger.descriptor,),
         )
@@ -127,7 +128,8 @@ class LocalWorkers:
             _end([self._spare])
             self._spare = None
         if self._spare is None:
-            self._spare = _WorkerProcess(next(iter(self._configs.values())).num_threads)
+            num_threads = next(iter(self._configs.values())).num_threads
+            self._spare = _WorkerProcess(num_threads, is_spare=True)
 
     def ended(self) -> list[Death]:
         """The workers that have ended."""

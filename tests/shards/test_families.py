@@ -115,7 +115,9 @@ def run_rank(
         hidden = None
         if communicators.previous is not None:
             width = stage.hidden_size
-            hidden = communicators.previous.receive(batch.num_tokens, width, stage.dtype, device)
+            hidden = communicators.previous.begin_receive(
+                batch.num_tokens, width, stage.dtype, device
+            )()
         output = stage.run(batch, hidden)
         if communicators.next is not None:
             communicators.next.send(output)

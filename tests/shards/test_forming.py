@@ -42,7 +42,7 @@ def _wait_longer_than_the_limit(own: Communicators) -> list[list[float]]:
         own.next.send(hidden)
     else:
         assert own.previous is not None
-        hidden = own.previous.receive(1, 2, torch.float32, torch.device("cpu"))
+        hidden = own.previous.begin_receive(1, 2, torch.float32, torch.device("cpu"))()
     own.close()
     return hidden.tolist()
 

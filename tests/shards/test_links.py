@@ -35,7 +35,7 @@ def run_stage(store: Store, rank: int) -> list[float]:
         assert communicators.previous is not None
         store.wait(["all are sent"], timedelta(seconds=30))
         for _ in range(StageLink.MAX_PENDING):
-            got = communicators.previous.receive(NUM_TOKENS, WIDTH, torch.float32, CPU)
+            got = communicators.previous.begin_receive(NUM_TOKENS, WIDTH, torch.float32, CPU)()
             assert bool((got == got[0, 0]).all())
             received.append(float(got[0, 0]))
     communicators.close()
