@@ -7,23 +7,26 @@ Guests do not count: they get what is left over.
 
 from collections.abc import Callable
 from dataclasses import replace
-from math import inf, sqrt
+from math import inf
+from typing import TypeVar
 
-from .budget import BudgetPrediction, OnMiss
+from .budget import OnMiss
 from .capacity import Pricing
 from .config import SchedulerConfig
+from .door import Door
 from .errors import BudgetImpossible, BudgetRefused, BudgetUnmet, TenantQuotaExceeded
+from .forecast import Forecast, Guests
 from .ledger import Ledger
 from .lengths import OutputLengths
 from .patience import Patience
 from .policy import Policy
 from .request import Request
+from .retry import LEAST_WAIT_S, earliest
 from .tenants import INPUT_WEIGHT, OUTPUT_WEIGHT, Tenants
-from .terms import Rank, Terms
-from .verdict import LEAST_WAIT_S, Ahead, Arrival, Judge
+from .terms import Rank
+from .verdict import Ahead, Arrival, Book, Judge
 
-# What one step in ten exceeds, so many times, is what one in two hundred does.
-_SURE = 2.0
+T = TypeVar("T")
 
 
 class Admission:
@@ -38,16 +41,18 @@ class Admission:
         policy: Policy,
         jitter: Callable[[], float],
     ) -> None:
+        self._config = config
         self.ledger = Ledger(config.block_size)
         self.lengths = OutputLengths()
         self._pricing = pricing
-        self._policy = policy
+        self._door = Door(pricing, policy, self.lengths)
         self._jitter = jitter
         self._judge = Judge(pricing, config.max_num_seqs, config.num_blocks)
         self._tenants = Tenants()
         self._patience = Patience(config)
         self._charges: dict[Request, float] = {}
         self._nothing_promised = Ledger(config.block_size)
+        self._unlimited: list[Request] = []
 
     def admit(self, request: Request, now: float, num_cached_tokens: int, ahead: Ahead) -> None:
         """Give the request its terms and prediction, and count it.
@@ -55,22 +60,14 @@ class Admission:
         Raises BudgetImpossible, BudgetUnmet or TenantQuotaExceeded, unless it would rather be
         degraded.
         """
-        terms = request.terms = Terms(
-            num_planned_tokens=self.lengths.planned(request), num_cached_tokens=num_cached_tokens
-        )
-        is_measured = self._pricing.model.is_ready
-        first_s = token_s = 0.0
-        if is_measured:
-            num_uncached = len(request.token_ids) - num_cached_tokens
-            terms.prefill_s = self._pricing.model.prefill_seconds(num_uncached, num_cached_tokens)
-            first_s, token_s = self._predict(request, num_cached_tokens, ahead)
-        self._tenants.ask(request.tenant, now, terms.prefill_s, terms.num_planned_tokens * token_s)
-        if not request.budget.is_unlimited:
-            terms.rank = Rank.PROMISED
-            _aim(request, first_s, token_s, self._pricing.max_in_flight)
-            self._allow_for_spread(terms)
-            if is_measured:
-                self._check(self._arrival(request, now, num_cached_tokens, ahead))
+        arrival = self._door.arrive(self.ledger, request, now, num_cached_tokens, ahead)
+        terms, decode_s = arrival.terms, 0.0
+        if self._pricing.model.is_ready:
+            token_s = (request.prediction.tpot_ms or 0.0) / 1e3
+            decode_s = terms.num_planned_tokens * token_s
+        self._tenants.ask(request.tenant, now, terms.prefill_s, decode_s)
+        if terms.is_promised and self._pricing.model.is_ready:
+            self._check(arrival)
         self._take_in(request)
 
     def promise_starving(self, now: float, ahead: Ahead) -> Request | None:
@@ -84,7 +81,14 @@ class Admission:
         due = self._patience.due(prefill_s, now) if _has_prompt_left(request) else None
         old, terms.rank = terms.first_token_by, Rank.PROMISED
         terms.first_token_by = inf if due is None else due
-        arrival = self._arrival(request, now, terms.num_cached_tokens, ahead)
+        arrival = Arrival(
+            request=request,
+            terms=terms,
+            place=self._door.place(request),
+            now=now,
+            num_cached_tokens=terms.num_cached_tokens,
+            ahead=ahead,
+        )
         step_s = self._judge.find_step_s(self.ledger, arrival)
         if step_s is None:
             terms.rank, terms.first_token_by = Rank.UNLIMITED, old
@@ -93,7 +97,7 @@ class Admission:
         terms.prefill_s = prefill_s
         self._tenants.begin_promise(request.tenant)
         self.ledger.feasible_step_s = min(step_s, self.ledger.step_s)
-        self.ledger.add(request, self._place(request), prefill_s)
+        self.ledger.add(request, self._door.place(request), prefill_s)
         self._patience.help(request, due)
         return request
 
@@ -116,7 +120,7 @@ class Admission:
     def restart(self, request: Request) -> None:
         """It has lost what was computed."""
         if request.terms.is_promised:
-            self.ledger.compute_again(request, self._place(request), self._prefill_s)
+            self.ledger.compute_again(request, self._door.place(request), self._prefill_s)
 
     def outgrow(self, request: Request) -> None:
         """It has as many tokens as were planned, and goes on."""
@@ -145,102 +149,109 @@ class Admission:
         promised = {request for request in self._charges if request.terms.is_promised}
         assert promised == set(self.ledger.requests), "promises to nobody, or forgotten ones"
 
-    def _allow_for_spread(self, terms: Terms) -> None:
-        """Planning adds what one step in ten exceeds. Over many tokens that averages out; the mean
-        of few, whose spread falls with the root of their number, needs about twice as much.
-        """
-        num_later = terms.num_planned_tokens - 1
-        if terms.seconds_per_token == inf or not self._pricing.model.is_ready:
-            return
-        ledger, pricing = self.ledger, self._pricing
-        spread = pricing.spread_of(pricing.share_of(len(ledger) + 1, ledger.num_tokens))
-        of_mean = _SURE * spread / sqrt(num_later * pricing.max_in_flight)
-        terms.seconds_per_token *= (1 + spread) / (1 + max(spread, of_mean))
-
-    def _predict(
-        self, request: Request, num_cached_tokens: int, ahead: Ahead
-    ) -> tuple[float, float]:
-        """Seconds to the first token, and of each later one; also told as the prediction."""
-        ledger, pricing, terms = self.ledger, self._pricing, request.terms
-        decodes = pricing.share_of(len(ledger) + 1, ledger.num_tokens)
-        token_s = pricing.token_s(decodes)
-        num_tokens = len(request.token_ids) - num_cached_tokens
-        longest = pricing.longest_step_s(ledger.seconds_per_token, decodes)
-        whole_s = pricing.step_s_of_prompt(decodes, num_tokens, num_cached_tokens)
-        step_s = min(longest, max(whole_s, ledger.step_s))
-        capacity = pricing.capacity(step_s, decodes, len(request.token_ids))
-        before = ledger.demand.work_before(self._place(request)) + terms.prefill_s
-        queue_s = before / (capacity.work or capacity.step_s) * capacity.step_s
-        wait_s = ahead.wait_s(capacity.step_s, pricing.max_in_flight)
-        first_s = wait_s + queue_s + token_s
-        num_later = terms.num_planned_tokens - 1
-        request.prediction = BudgetPrediction(
-            ttft_ms=first_s * 1e3,
-            tpot_ms=token_s * 1e3,
-            e2e_ms=(first_s + num_later * token_s) * 1e3,
-        )
-        return first_s, token_s
-
-    def _arrival(
-        self, request: Request, now: float, num_cached_tokens: int, ahead: Ahead
-    ) -> Arrival:
-        return Arrival(
-            request=request,
-            place=self._place(request),
-            now=now,
-            num_cached_tokens=num_cached_tokens,
-            ahead=ahead,
-        )
-
     def _check(self, arrival: Arrival) -> None:
         """Hold the request against what is promised; refused or degraded, or the step time that
         suits everybody is taken over.
         """
+        request, rejects = arrival.request, arrival.request.budget.on_miss is OnMiss.REJECT
+        if rejects and _is_hopeless(arrival):
+            raise BudgetImpossible(request.budget, request.prediction)
         step_s = self._judge.find_step_s(self.ledger, arrival)
-        objection = self._unmet(arrival) if step_s is None else self._objection(arrival)
-        if objection is None and step_s is not None:
+        obstacle = arrival if step_s is None else self._obstacle(arrival)
+        if obstacle is None and step_s is not None:
             self.ledger.feasible_step_s = step_s
-        elif objection is not None and arrival.request.budget.on_miss is OnMiss.REJECT:
-            raise objection
+        elif obstacle is not None and rejects:
+            raise self._refusal(arrival, obstacle)
         else:
-            arrival.request.terms.rank = Rank.DEGRADED
+            arrival.terms.rank = Rank.DEGRADED
 
-    def _unmet(self, arrival: Arrival) -> BudgetRefused:
-        """Why a request is not taken in that does not fit."""
-        asked, predicted = arrival.request.budget, arrival.request.prediction
-        alone = replace(arrival, ahead=Ahead(), num_reserved=0, reserved_share=0.0)
-        alone = replace(alone, num_reserved_blocks=0)
-        if self._judge.find_step_s(self._nothing_promised, alone) is None:
-            return BudgetImpossible(asked, predicted)
-        shortage = self._judge.shortage(self.ledger, arrival)
-        wait_s = self._retry_after(shortage.delay_s)
-        return BudgetUnmet(asked, predicted, wait_s, shortage.reason)
+    def _obstacle(self, arrival: Arrival) -> Arrival | None:
+        """The arrival with what is kept for others, if it would fit but leaves too little of it."""
+        for careful in (self._leaving_place(arrival), self._leaving_shares(arrival)):
+            if careful is not arrival and self._judge.find_step_s(self.ledger, careful) is None:
+                return careful
+        return None
 
-    def _objection(self, arrival: Arrival) -> BudgetRefused | None:
-        """What is kept for others, if a request that would fit leaves too little of it."""
-        request, ledger, judge = arrival.request, self.ledger, self._judge
-        if (starving := self._patience.starving) is not None:
-            careful = replace(
-                arrival,
-                num_reserved=1,
-                reserved_share=self._patience.share,
-                num_reserved_blocks=ledger.final_blocks(starving),
-            )
-            if judge.find_step_s(ledger, careful) is None:
-                return self._unmet(careful)
-        reserve = self._tenants.reserve(request.tenant, arrival.now)
-        if not (reserve.num_requests or reserve.prefill_share):
-            return None
-        careful = replace(
-            arrival, num_reserved=reserve.num_requests, reserved_share=reserve.prefill_share
+    def _leaving_place(self, arrival: Arrival) -> Arrival:
+        """For the guest who starves, if there is one."""
+        if (starving := self._patience.starving) is None:
+            return arrival
+        return replace(
+            arrival,
+            num_reserved=1,
+            reserved_share=self._patience.share,
+            num_reserved_blocks=self.ledger.final_blocks(starving),
         )
-        if judge.find_step_s(ledger, careful) is not None:
-            return None
-        wait_s = self._retry_after(judge.shortage(ledger, careful).delay_s)
-        return TenantQuotaExceeded(request.tenant, request.budget, request.prediction, wait_s)
 
-    def _retry_after(self, delay_s: float) -> float:
-        return max(delay_s, LEAST_WAIT_S) * (1 + self._jitter())
+    def _leaving_shares(self, arrival: Arrival) -> Arrival:
+        """For other tenants."""
+        reserve = self._tenants.reserve(arrival.request.tenant, arrival.now)
+        if not (reserve.num_requests or reserve.prefill_share):
+            return arrival
+        return replace(
+            arrival,
+            num_reserved=reserve.num_requests,
+            reserved_share=reserve.prefill_share,
+            is_for_tenants=True,
+        )
+
+    def _refusal(self, arrival: Arrival, obstacle: Arrival) -> BudgetRefused:
+        """Why a request is not taken in that does not fit."""
+        request = arrival.request
+        asked, predicted = request.budget, request.prediction
+        nothing, num_cached_tokens = self._nothing_promised, arrival.num_cached_tokens
+        alone = self._door.arrive(nothing, request, arrival.now, num_cached_tokens, Ahead())
+        if self._judge.find_step_s(nothing, alone) is None:
+            return BudgetImpossible(asked, predicted)
+        reason = self._judge.shortage(self.ledger, obstacle)
+        wait_s = self._retry_after_s(arrival)
+        if obstacle.is_for_tenants:
+            return TenantQuotaExceeded(request.tenant, asked, predicted, wait_s)
+        return BudgetUnmet(asked, predicted, wait_s, reason)
+
+    def _retry_after_s(self, arrival: Arrival) -> float:
+        """When it would be taken in, were it to come again. Its terms are lost in trying."""
+        request, judge = arrival.request, self._judge
+        if (due := arrival.newcomer.due) < inf:
+            self.ledger.guard(arrival.now, due - arrival.now)
+        forecast = self._forecast_of(arrival)
+
+        def judged(question: Callable[[Book, Arrival], T]) -> Callable[[float], T]:
+            def at(time: float) -> T:
+                book, ahead = forecast.at(time), forecast.ahead_at(time)
+                later = self._door.arrive(book, request, time, arrival.num_cached_tokens, ahead)
+                return question(book, self._leaving_most(later))
+
+            return at
+
+        has_room = judged(lambda book, later: judge.lacks(book, later) is None)
+        passes = judged(lambda book, later: judge.find_step_s(book, later) is not None)
+        time = earliest(forecast, arrival.now + LEAST_WAIT_S, has_room, passes)
+        if time is None:
+            time = forecast.end_of_guests(self._config.max_num_seqs, self._config.num_blocks)
+        return (time - arrival.now) * (1 + self._jitter())
+
+    def _leaving_most(self, later: Arrival) -> Arrival:
+        """With all that may have to stay free beside it by then, for guests and other tenants."""
+        reserve = self._tenants.reserve(later.request.tenant, later.now, later=True)
+        num_helped = self._patience.num_helped_by(later.now, self._unlimited)
+        num_reserved, num_blocks = reserve.num_requests + num_helped, 0
+        if not num_reserved and not reserve.prefill_share:
+            return later
+        if num_helped:
+            num_blocks = max(self.ledger.final_blocks(guest) for guest in self._unlimited)
+        return replace(
+            later,
+            num_reserved=num_reserved,
+            reserved_share=reserve.prefill_share + (self._patience.share if num_helped else 0.0),
+            num_reserved_blocks=num_helped * num_blocks,
+        )
+
+    def _forecast_of(self, arrival: Arrival) -> Forecast:
+        guests = [request for request in self._charges if not request.terms.is_promised]
+        self._unlimited = [guest for guest in guests if guest.terms.rank is Rank.UNLIMITED]
+        beside = Guests.of(self.ledger, guests)
+        return Forecast(self.ledger, self._pricing, arrival.now, arrival.ahead, beside)
 
     def _take_in(self, request: Request) -> None:
         terms = request.terms
@@ -248,7 +259,7 @@ class Admission:
         self._charges[request] = cost
         terms.turn = self._tenants.queue(request.tenant, cost, is_promised=terms.is_promised)
         if terms.is_promised:
-            self.ledger.add(request, self._place(request), terms.prefill_s)
+            self.ledger.add(request, self._door.place(request), terms.prefill_s)
 
     def _end_promise(self, request: Request) -> None:
         self.ledger.remove(request)
@@ -261,36 +272,16 @@ class Admission:
         num_tokens = max(0, len(request.token_ids) - context)  # Planned ahead, it is below 0.
         return model.prefill_seconds(num_tokens, context)
 
-    def _place(self, request: Request) -> tuple[tuple[float, ...], int]:
-        return self._policy.key(request), request.sequence
+
+def _is_hopeless(arrival: Arrival) -> bool:
+    """Whether its prompt alone takes longer than it has, whatever else there is to do."""
+    budget = arrival.request.budget
+    limits_ms = [limit for limit in (budget.ttft_ms, budget.deadline_ms) if limit is not None]
+    return min(limits_ms, default=inf) < 1e3 * arrival.terms.prefill_s
 
 
 def _has_prompt_left(request: Request) -> bool:
     return len(request.token_ids) - request.num_computed_tokens > 1
-
-
-def _aim(request: Request, first_s: float, token_s: float, max_in_flight: int) -> None:
-    """Split the limits of a budget into a due first token and a time for each later one.
-
-    Of what a limit on the whole leaves over, prefill and decoding get half each. Until a request
-    has its place among the decodes of several steps in flight, it may lose all but one of a round.
-    """
-    budget, terms, now = request.budget, request.terms, request.arrival_time
-    num_later = terms.num_planned_tokens - 1
-    if budget.ttft_ms is not None:
-        terms.first_token_by = now + budget.ttft_ms / 1e3
-    if budget.tpot_ms is not None and num_later:
-        terms.seconds_per_token = budget.tpot_ms / 1e3
-    if budget.deadline_ms is not None:
-        whole_s = budget.deadline_ms / 1e3
-        spare_s = max(0.0, whole_s - first_s - num_later * token_s)
-        first_by = now + (min(whole_s, first_s + spare_s / 2) if num_later else whole_s)
-        terms.first_token_by = min(terms.first_token_by, first_by)
-        if num_later:
-            left_s = now + whole_s - terms.first_token_by
-            terms.seconds_per_token = min(terms.seconds_per_token, left_s / num_later)
-    if num_later:
-        terms.seconds_per_token *= num_later / (num_later + 1 - 1 / max_in_flight)
 
 
 def _cost(num_input: int, num_output: int) -> float:

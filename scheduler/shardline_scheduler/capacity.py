@@ -45,6 +45,11 @@ class Pricing:
         self._num_trips = num_trips_at_once
         self.tile = TILE_TOKENS if max_num_tokens >= 8 * TILE_TOKENS else 1
 
+    @property
+    def num_in_flight(self) -> int:
+        """Steps in flight, when the pipe is full."""
+        return self.max_in_flight * self._num_trips
+
     def share_of(self, num_decodes: int, context: int) -> StepLoad:
         """A step's part of that many decodes with that many tokens of context in all."""
         in_flight = self.max_in_flight

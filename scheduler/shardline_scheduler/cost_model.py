@@ -190,6 +190,10 @@ class StageModel(Struct):
         """Planned time that prefill tokens behind `context` add to a step, whatever its range."""
         load = StepLoad()
         load.add_prefill(num_tokens, context)
+        return self.work_seconds(load)
+
+    def work_seconds(self, load: StepLoad) -> float:
+        """Planned time that all of a load adds to steps, whatever their range."""
         return max(part.added_seconds(load) * (1 + part.margin) for part in self._trusted)
 
     def expected_prefill_seconds(self, num_tokens: int, context: int) -> float:
@@ -287,6 +291,10 @@ class PipeModel(Struct):
     def prefill_seconds(self, num_tokens: int, context: int) -> float:
         """Planned time that prefill tokens behind `context` add to the slowest stage."""
         return max(stage.prefill_seconds(num_tokens, context) for stage in self.stages)
+
+    def work_seconds(self, load: StepLoad) -> float:
+        """Planned time that all of a load adds to steps of the slowest stage."""
+        return max(stage.work_seconds(load) for stage in self.stages)
 
     def expected_prefill_seconds(self, num_tokens: int, context: int) -> float:
         """The least of what they are expected to add to a step of the slowest stage."""

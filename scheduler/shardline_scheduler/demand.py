@@ -64,10 +64,18 @@ class Demand:
     def __len__(self) -> int:
         return len(self._order)
 
+    def __contains__(self, name: Hashable) -> bool:
+        return name in self._places
+
     @property
     def work(self) -> float:
         """All work."""
         return sum(self._works)
+
+    @property
+    def last_due(self) -> float:
+        """When the last is due; somebody is in."""
+        return max(self._dues)
 
     def put(self, name: Hashable, place: Place, due: float, work: float) -> None:
         """A request that is not in yet."""
@@ -114,40 +122,21 @@ class Demand:
         """Seconds by which the least lucky one is early; negative if somebody is late."""
         return _least_slack(pace, *self._with(newcomer))
 
-    def delay_until_fit(self, pace: Pace, newcomer: Newcomer) -> float:
-        """How much later the newcomer would have to come, the rest being as it is, to fit in.
-
-        Work goes on meanwhile, so slack stays as it is. He has to come behind those that have none
-        left for him, or after they are done; and whoever is then before him may not hold him up.
-        """
-        due_order = newcomer.place[0][1]
+    def after(self, work: float) -> "Demand":
+        """What is left when so much of it has been done, in order; to be judged, not changed."""
+        left = Demand()
         done = list(accumulate(self._works))
-        before, delay = self._until_tolerated(pace, newcomer, done)
-        for (key, _), done_by_then in zip(self._order, done, strict=True):
-            if key[1] > due_order + delay:
-                break
-            before = max(before, done_by_then)
-            delay = max(delay, pace.end_of(before + newcomer.work) - newcomer.due)
-        return max(delay, pace.end_of(before + newcomer.work) - newcomer.due)
+        index = bisect_right(done, work)
+        left._order, left._dues = self._order[index:], self._dues[index:]
+        left._works = self._works[index:]
+        if left._works:
+            left._works[0] = done[index] - work
+        return left
 
-    def _until_tolerated(
-        self, pace: Pace, newcomer: Newcomer, done: list[float]
-    ) -> tuple[float, float]:
-        """The work up to the last one who is too late with the newcomer before him, and how much
-        later that one lets him in.
-        """
-        due_order, per_work = newcomer.place[0][1], pace.step_s / pace.work
-        # Whoever is due after this, his own work aside, is in time.
-        latest = pace.start + newcomer.work * per_work + (pace.depth + 1) * pace.step_s
-        before = delay = 0.0
-        for i in range(bisect_left(self._order, newcomer.place), len(done)):
-            if self._dues[i] >= latest + done[i] * per_work:
-                continue
-            if self._dues[i] < pace.end_of(done[i] + newcomer.work):
-                lets_in = self._order[i][0][1] - due_order
-                delay = max(delay, min(lets_in, pace.end_of(done[i]) - pace.start))
-                before = done[i]
-        return before, delay
+    def ends(self, pace: Pace) -> dict[Hashable, float]:
+        """When the last of each one's work is back, if it is done in order."""
+        names = sorted(self._places, key=self._places.__getitem__)
+        return dict(zip(names, map(pace.end_of, accumulate(self._works)), strict=True))
 
     def _with(self, newcomer: Newcomer | None) -> tuple[list[float], list[float]]:
         if newcomer is None:

@@ -12,7 +12,7 @@ from .cost_model import PipeModel
 from .expiry import Expiries
 from .policy import Policy
 from .request import Request
-from .target import Prompts, TimeTarget
+from .target import DECODES_STRETCH, Prompts, TimeTarget
 from .verdict import Ahead
 
 # Guests may delay promised prompts by a step while everybody is early by so many steps.
@@ -223,7 +223,10 @@ class BudgetKeeper:
         if len(ledger.demand):
             self._target.keep(min(ledger.step_s, longest_s))
         else:
-            longest_s = min(longest_s, ledger.guard_s(now, pricing.max_in_flight))
+            # Or prompts would wait for as long as there are decodes.
+            least_s = DECODES_STRETCH * pricing.model.step_seconds(load)
+            guard_s = max(least_s, ledger.guard_s(now, pricing.max_in_flight))
+            longest_s = min(longest_s, guard_s)
             self._target.aim(load, longest_s, prompts)
 
     def check(self) -> None:

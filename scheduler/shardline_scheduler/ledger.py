@@ -1,14 +1,14 @@
 """What is promised: the requests, their tightest limits, their load at its peak."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import inf
 
 from .demand import Demand, Place
 from .request import NEVER, Request, RequestState
 
-# How long steps stay small for the sake of first tokens, after the last one was promised.
+# How long steps stay small for the sake of first tokens, after the last one was asked for.
 _GUARD_S = 60.0
 # A limit on first tokens is cut into so many steps: what is in flight delays whoever comes next.
 STEPS_PER_LIMIT = 4
@@ -73,6 +73,10 @@ class Ledger:
             return inf
         return self._guard_s / (STEPS_PER_LIMIT * max_in_flight)
 
+    def guard(self, now: float, first_token_s: float) -> None:
+        """Somebody has asked for a first token within that time, and others may come."""
+        self._guard_s, self._guard_until = first_token_s, now + _GUARD_S
+
     def final_tokens(self, request: Request) -> int:
         """Prompt and output, as planned."""
         return request.num_prompt_tokens + request.terms.num_planned_tokens
@@ -92,8 +96,7 @@ class Ledger:
         if terms.first_token_by < inf:
             self.demand.put(request, place, terms.first_token_by, prefill_s)
         if terms.first_token_by < inf and not request.budget.is_unlimited:
-            self._guard_s = terms.first_token_by - request.arrival_time
-            self._guard_until = request.arrival_time + _GUARD_S
+            self.guard(request.arrival_time, terms.first_token_by - request.arrival_time)
 
     def replan(self, request: Request) -> None:
         """Its planned length has changed."""
@@ -125,25 +128,9 @@ class Ledger:
             self.demand.put(request, place, due, prefill_of(request))
 
     def peak_blocks(self) -> int:
-        """The most that they ever need together, getting a token each at a time.
-
-        Of those that run, the longest lived at the end of each one (LightLLM's rule); the others
-        are counted in full, since nobody knows when they begin. O(n log n).
-        """
-        waiting, ends = 0, []
-        for request, share in self._shares.items():
-            if request.state is RequestState.RUNNING:
-                num_left = share.num_tokens - len(request.token_ids)
-                ends.append((num_left, share.num_tokens))
-            else:
-                waiting += share.num_blocks
-        ends.sort(reverse=True)
-        peak = held = 0
-        for count, (num_left, num_tokens) in enumerate(ends, start=1):
-            held += num_tokens - num_left
-            peak = max(peak, held + count * num_left)
-        # Each one's last block may hold a single token, and starting leaves each a spare one.
-        return waiting + peak // self.block_size + 2 * len(ends)
+        """The most that they ever need together; O(n log n)."""
+        shares = self._shares.items()
+        return peak_blocks(((r, share.num_tokens) for r, share in shares), self.block_size)
 
     def check(self) -> None:
         """Assert that the sums are those of the requests."""
@@ -164,3 +151,25 @@ class Ledger:
         share = self._shares.pop(request)
         self.num_tokens -= share.num_tokens
         self.num_blocks -= share.num_blocks
+
+
+def peak_blocks(requests: Iterable[tuple[Request, int]], block_size: int) -> int:
+    """The most blocks that requests need together, each with the tokens that it has in the end, if
+    those that run get a token each at a time.
+
+    Of those, the longest lived at the end of each one (LightLLM's rule); the others are counted in
+    full, since nobody knows when they begin.
+    """
+    waiting, ends = 0, []
+    for request, num_tokens in requests:
+        if request.state is RequestState.RUNNING:
+            ends.append((num_tokens - len(request.token_ids), num_tokens))
+        else:
+            waiting += -(-num_tokens // block_size) + 1
+    ends.sort(reverse=True)
+    peak = held = 0
+    for count, (num_left, num_tokens) in enumerate(ends, start=1):
+        held += num_tokens - num_left
+        peak = max(peak, held + count * num_left)
+    # Each one's last block may hold a single token, and starting leaves each a spare one.
+    return waiting + peak // block_size + 2 * len(ends)

@@ -40,12 +40,15 @@ class Patience:
         waiting = (
             request
             for request in requests
-            if request.terms.rank is Rank.UNLIMITED
-            and now - max(request.arrival_time, request.last_token_time) >= _PATIENCE_S
+            if request.terms.rank is Rank.UNLIMITED and _impatient_at(request) <= now
         )
         return min(
             waiting, key=lambda request: (request.terms.turn, request.sequence), default=None
         )
+
+    def num_helped_by(self, time: float, guests: Iterable[Request]) -> int:
+        """How many of these may be promised something then; who is now may be over."""
+        return min(sum(_impatient_at(request) <= time for request in guests), self._most)
 
     def due(self, prefill_s: float, now: float) -> float:
         """When the next one's work is done, if all such work gets its share of the time."""
@@ -68,3 +71,7 @@ class Patience:
     def share(self) -> float:
         """The part of the time for prompts that is kept for who starves."""
         return _SHARE
+
+
+def _impatient_at(request: Request) -> float:
+    return max(request.arrival_time, request.last_token_time) + _PATIENCE_S

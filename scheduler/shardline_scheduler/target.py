@@ -13,7 +13,7 @@ from .cost import StepLoad
 
 # A step with decodes in it takes at most so many times what they alone take, for a prompt that
 # nobody promised anything: gaps between tokens stay even.
-_DECODES_STRETCH = 2.0
+DECODES_STRETCH = 2.0
 # Many waiting prompts may stretch it more: this part of all their tokens at a time (gLLM).
 _STEPS_FOR_BACKLOG = 8
 _LARGEST_MOVE = 1.1
@@ -49,7 +49,7 @@ class TimeTarget:
             self.step_s = longest_s
             return
         decodes_s = self._pricing.model.step_seconds(load)
-        wanted = _DECODES_STRETCH * decodes_s
+        wanted = DECODES_STRETCH * decodes_s
         if prompts.count > 1:
             num_tokens = prompts.num_tokens // _STEPS_FOR_BACKLOG
             part = self._pricing.model.prefill_seconds(num_tokens, 0)

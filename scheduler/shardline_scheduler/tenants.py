@@ -87,19 +87,22 @@ class Tenants:
         """A promised request is over, or not promised any more."""
         self._promised[tenant] -= 1
 
-    def reserve(self, tenant: str, now: float) -> Reserve:
-        """What the tenant must leave to others with one more request of its own."""
+    def reserve(self, tenant: str, now: float, *, later: bool = False) -> Reserve:
+        """What the tenant must leave to others with one more request of its own; the most that it
+        may be `later`, when any of the promised requests may be over. The first one may have all.
+        """
         own = self._promised[tenant] + 1
         others = self._others(tenant, now)
         num_active = len(others) + 1
         total = self._promised.total() + 1
-        if not others or own * num_active <= total:
+        if not others or own == 1 or (own * num_active <= total and not later):
             return Reserve()
         equal = total / num_active
         num_requests, share = 0.0, 0.0
         for name, asked in others.items():
             wanted = _HEADROOM * asked.decode_s / _MEMORY_S + _LEAST_HEADROOM
-            num_requests += max(0.0, min(wanted, equal) - self._promised[name])
+            promised = 0 if later else self._promised[name]
+            num_requests += max(0.0, min(wanted, equal) - promised)
             share += min(_HEADROOM * asked.prefill_s / _MEMORY_S, 1 / num_active)
         return Reserve(round(num_requests), share)
 

@@ -1,6 +1,7 @@
 """What holds for latency budgets on any machine whose steps take exactly what the model says."""
 
 from collections import Counter
+from dataclasses import dataclass
 from random import Random
 
 import pytest
@@ -75,43 +76,72 @@ def test_tenants_with_a_backlog_are_served_alike(
 
 
 @pytest.mark.parametrize("plans_ahead", [False, True])
-def test_most_who_come_back_as_told_are_admitted_and_all_of_those_in_time(
-    plans_ahead: bool,
-) -> None:
-    """If nobody else comes meanwhile. Not all: what is short then may be something else, or steps
-    of requests without limits go on. How many are is held here, so that it gets no worse.
+def test_who_comes_back_as_told_is_admitted_and_in_time(plans_ahead: bool) -> None:
+    """If nobody else comes meanwhile: everybody, whatever is short, unless a request without limits
+    is alive when he is told. Such a one is promised something after 5 s without a token, and
+    how much that takes by then is not known; hardly anybody is told to wait again for it.
     """
-    admitted: list[bool] = []
+    num_admitted = num_told = 0
     for seed in range(NUM_WORLDS_TO_COME_BACK_TO):
-        m, crowd = world(seed, plans_ahead=plans_ahead)
-        again = run_until_told(m, crowd)
-        if again is not None:
-            m.run([again])
-            admitted.append(again.refusal is None)
-            assert again.refusal is not None or again.met, again
-    assert len(admitted) >= 150
-    assert sum(admitted) >= 0.6 * len(admitted), f"{sum(admitted)} of {len(admitted)}"
+        told = run_until_told(seed, plans_ahead=plans_ahead)
+        if told is None:
+            continue
+        again, num_told = told.come_back(), num_told + 1
+        if again.refusal is None:
+            num_admitted += 1
+            assert again.met, f"seed {seed}: {again}"
+        else:
+            assert told.is_beside_unlimited, f"seed {seed}: told {told.wait_s} s, then {again}"
+    assert num_told >= 150
+    assert num_admitted >= 0.98 * num_told, f"{num_admitted} of {num_told}"
 
 
-def run_until_told(m: Machine, crowd: list[Visit]) -> Visit | None:
-    """Run until the first one is told to come back, and stop there: him, coming back as told."""
-    told: list[Visit] = []
-    m.on_refusal = told.append
-    for visit in sorted(crowd, key=lambda visit: visit.arrival):
+def test_nobody_is_told_to_wait_for_much_too_long() -> None:
+    """Or else it would be easy to be honest: of those who come back after a quarter of the time
+    that they were told, half at least are told to wait again.
+    """
+    is_refused = [
+        told.come_back(0.25).refusal is not None
+        for seed in range(NUM_WORLDS_TO_COME_BACK_TO)
+        if (told := run_until_told(seed)) is not None
+    ]
+    assert sum(is_refused) >= 0.5 * len(is_refused), f"{sum(is_refused)} of {len(is_refused)}"
+
+
+@dataclass
+class Told:
+    """One who is told to come back, and his world at that moment."""
+
+    m: Machine
+    visit: Visit
+    wait_s: float
+    is_beside_unlimited: bool
+
+    def come_back(self, part: float = 1.0) -> Visit:
+        """After that part of the time, with nobody else coming."""
+        v = self.visit
+        arrival = self.m.now + part * self.wait_s
+        again = Visit(1000, arrival, v.num_prompt, v.num_output, v.budget, v.tenant)
+        self.m.run([again])
+        return again
+
+
+def run_until_told(seed: int, *, plans_ahead: bool = False) -> Told | None:
+    """The first to the tenth one in a world who is told to; None if so many never are."""
+    m, crowd = world(seed, plans_ahead=plans_ahead)
+    refused: list[tuple[Visit, float]] = []
+
+    def listen(visit: Visit) -> None:
+        if isinstance(visit.refusal, BudgetUnmet | TenantQuotaExceeded):
+            refused.append((visit, visit.refusal.retry_after_s))
+
+    m.on_refusal = listen
+    for count, visit in enumerate(sorted(crowd, key=lambda visit: visit.arrival), start=1):
         m.run([visit], until=visit.arrival)
-        if told:
-            break
-    if not told or not isinstance(told[0].refusal, BudgetUnmet | TenantQuotaExceeded):
-        return None
-    (first,) = told
-    return Visit(
-        1000,
-        m.now + first.refusal.retry_after_s,
-        first.num_prompt,
-        first.num_output,
-        first.budget,
-        first.tenant,
-    )
+        if len(refused) == 1 + seed % 10:
+            is_beside = any(v.budget.is_unlimited and v.last is None for v in crowd[:count])
+            return Told(m, *refused[-1], is_beside)
+    return None
 
 
 entries = st.lists(st.tuples(st.floats(0, 20), st.floats(0.001, 3)), min_size=0, max_size=12)
