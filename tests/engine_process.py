@@ -15,6 +15,7 @@ from shardline_scheduler.budget import LatencyBudget
 from shardline_scheduler.plan import SamplingParams
 from shardline_server.child import start_child_process, stop_child_processes
 from shardline_server.engine_config import EngineAddress, EngineConfig
+from shardline_server.engine_signals import LEAVE
 from shardline_server.gate import LaunchKeys
 from shardline_server.messages import (
     Abort,
@@ -183,7 +184,7 @@ def running_engine_of(config: EngineConfig) -> Iterator[EngineConnection]:
         connection.ready = connection.receive()
         assert isinstance(connection.ready, EngineReady)
         yield connection
-        process.terminate()
+        process.send_signal(LEAVE)
         assert process.wait(timeout=10) == 0
     finally:
         process.kill()

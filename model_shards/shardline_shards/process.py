@@ -15,10 +15,12 @@ _PR_SET_PDEATHSIG = 1
 def start_child(name: str, parent_pid: int) -> None:
     """Name this process for `ps` and make it end when its parent does, however that ends.
 
-    Ctrl-C reaches a whole foreground group; children leave it to their parent to stop them.
+    Ctrl-C reaches a whole foreground group, and SIGTERM often does; children leave it to their
+    parent to stop them, since it may have use for them until the last request is done.
     """
     name_process(name)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent_pid:

@@ -1,15 +1,19 @@
 """One choice of a request: the engine's tokens in, text out, until something ends it."""
 
+import logging
 from collections.abc import Sequence
 
 import msgspec
 
 from shardline_scheduler.plan import SamplingParams, TokenLogprobs
+from shardline_server.errors import RequestFailed
 from shardline_server.messages import Delta, FinishReason
 from shardline_server.prompts import Prompt
 from shardline_server.request_fields import SamplingFields
 from shardline_server.text import IncrementalDetokenizer, StopMatcher
 from shardline_server.tokenizer import Tokenizer
+
+logger = logging.getLogger("shardline.frontend")
 
 LEAST_LOGPROB = -9999.0  # what OpenAI and vLLM write for minus infinity, which JSON lacks
 
@@ -86,7 +90,12 @@ class Choice:
         self._prompt_logprobs: list[TokenLogprobs] = []
 
     def advance(self, delta: Delta) -> Piece:
-        """Take one Delta; tokens after a stop string are dropped."""
+        """Take one Delta; tokens after a stop string are dropped.
+
+        Raises RequestFailed where tokens are missing, or come again: nothing says that what comes
+        again is the same, so it is no more dropped than a gap is bridged.
+        """
+        self._require_next(delta)
         self.num_cached_tokens = delta.num_cached_tokens
         self._prompt_logprobs += delta.prompt_logprobs
         index = self.num_tokens
@@ -112,6 +121,17 @@ class Choice:
             finish_reason=finish_reason,
             stop_reason=self._stop_reason(delta),
         )
+
+    def _require_next(self, delta: Delta) -> None:
+        if delta.index == self.num_tokens:
+            return
+        what = "Tokens are missing" if delta.index > self.num_tokens else "Tokens came again"
+        message = (
+            f"{what} inside the server: output token {delta.index} came where {self.num_tokens} "
+            "was due. The request was ended; send it again."
+        )
+        logger.error("%s (request %s)", message, delta.request_id)
+        raise RequestFailed(message)
 
     def _text_of(self, token_id: int, finish_reason: FinishReason | None) -> str:
         self.num_tokens += 1

@@ -42,6 +42,7 @@ from shardline_server.messages import (
     Delta,
     Drain,
     Drops,
+    EngineAskedToLeave,
     EngineFailed,
     EngineReady,
     EngineRecovering,
@@ -154,6 +155,7 @@ class Engine:
         self._has_news = False
         self._is_idle_and_checked = False
         self._is_leaving = False
+        self._has_asked_to_leave = False
         self._drops = Drops({})
         self.timing_listeners: list[TimingListener] = []
         self.is_serving = False
@@ -237,6 +239,9 @@ class Engine:
         pipe_stats = self.pipe.stats(now)
         self.frontends.send_all(pipe_stats)
         self._tell_drops()
+        if not self._has_asked_to_leave and (leaving := self.workers.find_leaving()):
+            self._has_asked_to_leave = True
+            self.frontends.send_all(EngineAskedToLeave(leaving))
         if self._stage_watch is not None:
             self._stage_watch.look(pipe_stats)
         if self.config.keeps_spare and now >= self._spare_due:
@@ -254,13 +259,14 @@ class Engine:
     def _recover(self, loss: WorkerLost) -> None:
         """Bring the workers back, and let everybody compute again what he has."""
         self.frontends.send_all(EngineRecovering(str(loss)))
+        steps_s = self.scheduler.seconds_in_flight
         guilty = self.scheduler.strike(loss.request_indexes)
         self.scheduler.requeue_all(time.monotonic())
         self.pipe.lost()
         for request in guilty:
             message = f"The step of this request was the last of two workers; the second: {loss}"
             self._end(request, "RequestFailed", message)
-        self._recovery.run(loss)
+        self._recovery.run(loss, steps_s)
         self._is_back()
 
     def _is_back(self) -> None:

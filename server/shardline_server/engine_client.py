@@ -20,6 +20,7 @@ from shardline_server.messages import (
     Delta,
     Drain,
     Drops,
+    EngineAskedToLeave,
     EngineFailed,
     EngineReady,
     EngineRecovering,
@@ -53,6 +54,7 @@ class DeltaStream:
     ) -> None:
         """`max_unread` Deltas of each request may wait for the reader."""
         self._open = set(request_ids)
+        self._num_tokens = dict.fromkeys(request_ids, 0)
         self._abort_in_engine = abort
         self._queue: asyncio.Queue[Delta] = asyncio.Queue()
         self._max_unread = max_unread * len(request_ids)
@@ -84,6 +86,7 @@ class DeltaStream:
 
     def put(self, delta: Delta) -> None:
         """Called by the reader of the wire."""
+        self._num_tokens[delta.request_id] = delta.index + len(delta.token_ids)
         self._queue.put_nowait(delta)
         if self._queue.qsize() > self._max_unread:
             self._end_for_lack_of_reading()
@@ -107,7 +110,8 @@ class DeltaStream:
         """End what has not ended, with the terminal record "abort" for the reader."""
         self._abort_in_engine(list(self._open))
         for request_id in self._open:
-            self.put(terminal_delta(request_id, FinishReason.ABORT))
+            index = self._num_tokens[request_id]
+            self.put(terminal_delta(request_id, FinishReason.ABORT, index))
 
 
 class EngineClient:
@@ -121,6 +125,8 @@ class EngineClient:
         self._answered = asyncio.Event()
         self._failed = asyncio.Event()
         self._changed = asyncio.Event()
+        self._asked_to_leave = asyncio.Event()
+        self._leave_reason = ""
         self.ready: EngineReady | None = None
         self.is_recovering = False
         self.last_loss: str | None = None
@@ -204,6 +210,11 @@ class EngineClient:
         """Until `is_serving` may have changed."""
         await self._changed.wait()
         self._changed.clear()
+
+    async def wait_asked_to_leave(self) -> str:
+        """Until the engine asks us to leave, having let requests finish; returns why."""
+        await self._asked_to_leave.wait()
+        return self._leave_reason
 
     async def wait_failed(self) -> str:
         """Until the engine has failed; returns the reason."""
@@ -315,6 +326,9 @@ class EngineClient:
                 self._changed.set()
             case EngineRecovering():
                 self._note_loss(message.reason)
+            case EngineAskedToLeave():
+                self._leave_reason = message.reason
+                self._asked_to_leave.set()
             case EngineFailed():
                 self.fail(message.reason)
 
@@ -327,11 +341,11 @@ class EngineClient:
         stream.put(delta)
 
 
-def terminal_delta(request_id: str, reason: FinishReason) -> Delta:
-    """A terminal record that the front end writes itself."""
+def terminal_delta(request_id: str, reason: FinishReason, index: int) -> Delta:
+    """A terminal record that the front end writes itself, after `index` output tokens."""
     return Delta(
         request_id=request_id,
-        index=0,
+        index=index,
         token_ids=[],
         logprobs=[],
         prompt_logprobs=[],
@@ -343,9 +357,11 @@ def terminal_delta(request_id: str, reason: FinishReason) -> Delta:
 
 
 def failure_delta(request_id: str, error: ShardlineError) -> Delta:
-    """The same for an error, which `generation.error_of` turns into an exception again."""
+    """The same for an error, which `generation.error_of` turns into an exception again; that ends
+    all choices, however many tokens they had.
+    """
     return msgspec.structs.replace(
-        terminal_delta(request_id, FinishReason.ERROR),
+        terminal_delta(request_id, FinishReason.ERROR, index=0),
         error_code=type(error).__name__,
         error_message=error.message,
         refusal=Refusal(retry_after_s=error.retry_after_s),

@@ -9,6 +9,7 @@ import msgspec
 
 from shardline_server.child import start_child_process, stop_child_processes
 from shardline_server.engine_config import EngineAddress, EngineConfig
+from shardline_server.engine_signals import LEAVE
 from shardline_server.errors import ConfigError
 from shardline_server.gate import LaunchKeys
 from shardline_server.layer_profile import find_layer_times
@@ -156,13 +157,18 @@ class EngineProcess:
         address = msgspec.json.decode(line, type=EngineAddress).address
         return Endpoint(address=address, keys=self._keys)
 
+    @property
+    def has_refused(self) -> bool:
+        """Whether it has ended for what the operator can mend; see `engine.main`."""
+        return self._process.returncode == 2
+
     def wait(self) -> int:
         """Wait for the engine's end; returns its exit status."""
         return self._process.wait()
 
     def stop(self) -> None:
         """Ask the engine to leave, and see that it does."""
-        self._process.terminate()
+        self._process.send_signal(LEAVE)
         try:
             self._process.wait(timeout=3.0)
         except subprocess.TimeoutExpired:

@@ -1,22 +1,28 @@
-"""What SIGTERM does to the engine process."""
+"""How the engine process is told to leave: by a signal that reaches nobody else.
+
+SIGTERM would not do: whoever stops a server may send it to the whole group of processes, and the
+engine is to go on until the front end, which got it too, has let requests finish.
+"""
 
 import signal
 from collections.abc import Callable
 
+LEAVE = signal.SIGUSR1
+
 
 class Leaving(BaseException):
-    """SIGTERM has come: whatever the loop is doing does not matter any more."""
+    """LEAVE has come: whatever the loop is doing does not matter any more."""
 
 
 class StopSignal:
-    """The first SIGTERM raises Leaving wherever the engine is; every other one only hurries, since
+    """The first LEAVE raises Leaving wherever the engine is; every other one only hurries, since
     leaving must not be interrupted.
     """
 
     def __init__(self, hurry: Callable[[], None]) -> None:
         self._hurry = hurry
         self._is_leaving = False
-        signal.signal(signal.SIGTERM, self._receive)
+        signal.signal(LEAVE, self._receive)
 
     def spend(self) -> None:
         """The engine ends by itself: from now on none raises."""

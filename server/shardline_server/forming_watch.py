@@ -1,13 +1,14 @@
 """While workers are started and brought together: who keeps the others waiting."""
 
 from collections.abc import Collection, Mapping
+from math import inf
 
-from shardline_server.step_watch import find_stuck
+from shardline_server.step_watch import allowed_s, find_stuck
 from shardline_shards.layout import Place
 from shardline_shards.ledger import Entry
 
 STOPPED_LIMIT_S = 5.0
-ANSWER_LIMIT_S = 20.0  # more than the limit for forming groups, in which a survivor may be stuck
+ANSWER_LIMIT_S = 20.0  # twice the limit for forming groups, in which a survivor may be stuck
 STILL_LIMIT_S = 120.0  # importing torch from a slow disk is not seen in any ledger
 _TRYOUT_STEP = -1
 
@@ -15,10 +16,16 @@ _TRYOUT_STEP = -1
 class FormingWatch:
     """One attempt to bring all workers together. Time is an argument."""
 
-    def __init__(self, survivors: Collection[Place], now: float) -> None:
-        """`survivors` were told to drop what they do; they answer that they have joined again."""
+    def __init__(self, survivors: Collection[Place], now: float, steps_s: float) -> None:
+        """`survivors` were told to drop what they do; they answer that they have joined again.
+
+        What they do is to form groups, or steps that should take `steps_s` (infinity while nobody
+        can tell) and are allowed as much more as they are when nobody is lost.
+        """
         self._unanswered = set(survivors)
-        self._answer_by = now + ANSWER_LIMIT_S
+        step_limit_s = STILL_LIMIT_S if steps_s == inf else allowed_s(steps_s)
+        self._answer_limit_s = max(ANSWER_LIMIT_S, step_limit_s)
+        self._answer_by = now + self._answer_limit_s
         self._stopped_since: dict[Place, float] = {}
         self._last: dict[Place, tuple[Entry | None, float]] = {}
 
@@ -54,7 +61,7 @@ class FormingWatch:
 
     def _find_unanswered(self, now: float) -> tuple[list[Place], str] | None:
         places = sorted(self._unanswered) if now > self._answer_by else []
-        return _held_dead(places, f"no answer for {ANSWER_LIMIT_S:.0f} s")
+        return _held_dead(places, f"no answer for {self._answer_limit_s:.0f} s")
 
     def _find_still(
         self, awaited: Mapping[Place, Entry | None], have_met: bool, now: float

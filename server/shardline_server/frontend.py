@@ -151,6 +151,10 @@ class Frontend:
         """Until the engine has failed; returns the reason."""
         return await self.engine.wait_failed()
 
+    async def wait_asked_to_leave(self) -> str:
+        """Until another node was told to leave, and with it the server; returns which."""
+        return await self.engine.wait_asked_to_leave()
+
     def fail(self, reason: str) -> None:
         """The engine has died: every open stream ends with an error, and health says why."""
         self.engine.fail(reason)

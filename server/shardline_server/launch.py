@@ -72,15 +72,14 @@ async def _serve(settings: ServeSettings, model_path: Path, supervisor: Supervis
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, frontend.reload_keys)
     watch = asyncio.create_task(supervisor.watch(frontend))
     announce = asyncio.create_task(_announce(frontend, addresses, settings))
-    leave = asyncio.create_task(signals.first.wait())
+    leave = asyncio.create_task(_asked_to_leave(signals, frontend))
     try:
         await asyncio.wait({announce, leave}, return_when=asyncio.FIRST_COMPLETED)
-        if not leave.done():
-            await announce
-            await asyncio.wait({watch, leave}, return_when=asyncio.FIRST_COMPLETED)
+        has_served = announce.done() and await _has_started(announce, watch, supervisor)
+        await asyncio.wait({watch, leave}, return_when=asyncio.FIRST_COMPLETED)
         if not leave.done():
             logger.error("The server ends: %s", watch.result())
-            await asyncio.wait({leave}, timeout=_FAILURE_SHOWS_S)
+            await asyncio.wait({leave}, timeout=_FAILURE_SHOWS_S if has_served else 0)
             return 1
         await _first_of(frontend.drain(settings.grace_s), signals.second.wait())
     finally:
@@ -92,12 +91,27 @@ async def _serve(settings: ServeSettings, model_path: Path, supervisor: Supervis
 
 
 async def _announce(frontend: Frontend, addresses: Addresses, settings: ServeSettings) -> None:
-    """Print how to reach us. Raises ConfigError if the engine ends before it is ready."""
-    try:
-        await frontend.wait_ready()
-    except EngineUnavailable as error:
-        raise ConfigError(str(error)) from error
+    """Print how to reach us. Raises EngineUnavailable if the engine ends before it is ready."""
+    await frontend.wait_ready()
     print(_banner(addresses, settings), flush=True)
+
+
+async def _has_started(
+    announce: asyncio.Task[None], watch: asyncio.Task[str], supervisor: Supervisor
+) -> bool:
+    """False if the engine has ended instead, for good: nobody's request is lost by that, whoever
+    started us can do so again, and what kills a worker that loads mostly kills the next one.
+
+    Raises ConfigError if it ended for what the operator can mend.
+    """
+    try:
+        await announce
+    except EngineUnavailable as error:
+        await watch
+        if supervisor.has_refused:
+            raise ConfigError(str(error)) from error
+        return False
+    return True
 
 
 def _waiting_line(nodes: NodesConfig, *, is_secret_known: bool) -> str:
@@ -147,6 +161,14 @@ class _StopSignals:
 
     def _receive(self) -> None:
         (self.second if self.first.is_set() else self.first).set()
+
+
+async def _asked_to_leave(signals: _StopSignals, frontend: Frontend) -> None:
+    """Until a signal says so, here or on another node."""
+    await _first_of(signals.first.wait(), frontend.wait_asked_to_leave())
+    if not signals.first.is_set():
+        logger.warning("The server leaves: %s", await frontend.wait_asked_to_leave())
+        signals.first.set()
 
 
 async def _first_of(*waits: Coroutine[None, None, object]) -> None:

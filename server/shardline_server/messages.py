@@ -138,6 +138,12 @@ class EngineRecovering(Struct, frozen=True, tag=True):
     reason: str
 
 
+class EngineAskedToLeave(Struct, frozen=True, tag=True):
+    """Another node was told to leave, so that the server has to; requests may finish before."""
+
+    reason: str
+
+
 class EngineFailed(Struct, frozen=True, tag=True):
     """The engine ends; `reason` names the rank and says why."""
 
@@ -151,4 +157,6 @@ class Drops(Struct, frozen=True, tag=True):
 
 
 ToEngine = Hello | Submit | Abort | Drain
-FromEngine = Output | PipeStats | EngineReady | EngineRecovering | EngineFailed | Drops
+FromEngine = (
+    Output | PipeStats | EngineReady | EngineRecovering | EngineAskedToLeave | EngineFailed | Drops
+)

@@ -50,7 +50,25 @@ class NodeSettings:
 
 
 class _Leave(BaseException):
-    """A signal says that this node shall leave."""
+    """A signal says that this node shall leave at once."""
+
+
+class _StopSignals:
+    """The first SIGTERM or SIGINT tells the head, once there is one, which lets requests finish and
+    sends this node away; every other one raises _Leave. So whoever stops all nodes at once loses
+    nothing.
+    """
+
+    def __init__(self) -> None:
+        self.has_head = False
+        self.told_to_leave = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, *_: object) -> None:
+        if self.told_to_leave or not self.has_head:
+            raise _Leave
+        self.told_to_leave = True
 
 
 def run_node(settings: NodeSettings) -> int:
@@ -58,22 +76,17 @@ def run_node(settings: NodeSettings) -> int:
 
     Raises ConfigError if this node cannot take part.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _raise_leave)
+    signals = _StopSignals()
     workers = LocalWorkers()
     try:
-        return _run(settings, workers)
+        return _run(settings, workers, signals)
     except _Leave:
         return 0
     finally:
         workers.kill()
 
 
-def _raise_leave(*_: object) -> None:
-    raise _Leave
-
-
-def _run(settings: NodeSettings, workers: LocalWorkers) -> int:
+def _run(settings: NodeSettings, workers: LocalWorkers, signals: _StopSignals) -> int:
     name, assignment = _join(settings)
     workers.start(assignment.workers, assignment.threads_per_worker)
     assert assignment.watch is not None
@@ -81,8 +94,9 @@ def _run(settings: NodeSettings, workers: LocalWorkers) -> int:
     places = ", ".join(str(config.place) for config in assignment.workers)
     logger.info("joined as %s; runs %s", name, places)
     exits = ChildExits()
+    signals.has_head = True
     while not head.answer.leave:
-        head.beat(workers.states(), exits)
+        head.beat(workers.states(), exits, told_to_leave=signals.told_to_leave)
         if head.silence_s > SILENCE_LIMIT_S:
             logger.error("the head has not been heard for %.1f s", head.silence_s)
             return 1

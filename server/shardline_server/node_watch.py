@@ -25,10 +25,13 @@ BEAT_INTERVAL_S = 0.5
 
 
 class Beat(Struct, frozen=True, tag=True):
-    """A node is there, and so are its workers; `num_dropped` messages it could not read."""
+    """A node is there, and so are its workers; `num_dropped` messages it could not read. If it was
+    `told_to_leave` by a signal, it waits for the head to let requests finish first.
+    """
 
     workers: list[WorkerState] = []
     num_dropped: int = 0
+    told_to_leave: bool = False
 
 
 class Answer(Struct, frozen=True, tag=True):
@@ -54,6 +57,7 @@ class NodeWatch:
         self._states: dict[Place, tuple[str, WorkerState]] = {}
         self._restarted: dict[Place, int] = {}
         self._dropped_by: dict[str, int] = {}
+        self._told_to_leave: str | None = None
         self.keeps_spare = False
 
     @property
@@ -73,9 +77,15 @@ class NodeWatch:
             if name in self._heard:
                 self._heard[name] = time.monotonic()
                 self._dropped_by[name] = beat.num_dropped
+                if beat.told_to_leave:
+                    self._told_to_leave = f"node {name} was told to leave"
                 self._states |= {state.place: (name, state) for state in beat.workers}
                 self._send(name, self._answer())
         return self._find_silent()
+
+    def find_leaving(self) -> str | None:
+        """Whether a node was told to leave, and which."""
+        return self._told_to_leave
 
     def entries(self) -> dict[Place, Entry | None]:
         """What the nodes' workers are at."""
@@ -149,11 +159,11 @@ class HeadWatch:
         """For how long the head has not been heard."""
         return time.monotonic() - self._heard
 
-    def beat(self, workers: list[WorkerState], exits: ChildExits) -> None:
+    def beat(self, workers: list[WorkerState], exits: ChildExits, *, told_to_leave: bool) -> None:
         """Say how we are, and wait out the interval; less if a worker ends, or if the head's last
         `answer` is news.
         """
-        self._socket.send(msgspec.msgpack.encode(Beat(workers, self._num_dropped)))
+        self._socket.send(msgspec.msgpack.encode(Beat(workers, self._num_dropped, told_to_leave)))
         end = time.monotonic() + BEAT_INTERVAL_S
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)

@@ -22,9 +22,10 @@ class Recovery:
             lambda: deque(maxlen=MAX_DEATHS)
         )
 
-    def run(self, loss: WorkerLost) -> None:
+    def run(self, loss: WorkerLost, steps_s: float) -> None:
         """Return when all workers execute plans again, whoever else is lost meanwhile.
 
+        The steps that were in flight should have taken `steps_s`.
         Raises WorkerFailed if the same worker has died `MAX_DEATHS` times in `DEATHS_WITHIN_S`.
         """
         started = time.monotonic()
@@ -33,7 +34,7 @@ class Recovery:
             logger.error("%s; starting generation %d", lost, self._workers.generation + 1)
             self._count(lost, time.monotonic())
             try:
-                self._workers.reform(lost)
+                self._workers.reform(lost, steps_s)
                 lost = None
             except WorkerLost as another:
                 lost = another

@@ -86,6 +86,7 @@ class StepCosts:
         seconds = self._seconds
         if not seconds:
             return
+        logger.info("measuring step times for %g s", seconds)
         started, model = time.monotonic(), self._cache.load()
         measured = Sweep(self._scheduler, workers, vocab_size).run(
             seconds if model is None else seconds * _CHECK_PART

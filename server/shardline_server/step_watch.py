@@ -47,9 +47,14 @@ class StepWatch:
 
         `expected_s` is what all plans in flight should take; ten times that and 5 s are allowed.
         """
-        if self._plans and now - self._since > HANG_FLOOR_S + HANG_FACTOR * expected_s:
+        if self._plans and now - self._since > allowed_s(expected_s):
             return next(iter(self._plans))
         return None
+
+
+def allowed_s(expected_s: float) -> float:
+    """For how long steps are waited for that should take `expected_s`."""
+    return HANG_FLOOR_S + HANG_FACTOR * expected_s
 
 
 def find_stuck(entries: Mapping[Place, Entry | None], step_id: int) -> list[Place]:

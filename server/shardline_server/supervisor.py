@@ -55,6 +55,11 @@ class Supervisor:
             except ConfigError as error:
                 frontend.fail(f"{reason}, and the next one did not start: {error}")
 
+    @property
+    def has_refused(self) -> bool:
+        """Whether the engine has ended for what the operator can mend."""
+        return self._engine.has_refused
+
     def stop(self) -> None:
         """Ask the engine to leave, and see that it does."""
         self._engine.stop()

@@ -18,6 +18,7 @@ logger = logging.getLogger("shardline.engine")
 _REPORTS_TAKE_S = 2.0
 _ENOUGH_STEPS = 2 * MIN_SAMPLES
 _CHECK_INTERVAL_MS = 200
+_STEP_TAKES_S = 10.0  # nothing is known yet; ten times that is allowed
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +151,19 @@ class Sweep:
         while is_wanted():
             try:
                 if not self._workers.socket.poll(_CHECK_INTERVAL_MS):
-                    self._workers.check()
+                    self._check_workers()
                     continue
                 for message in self._workers.results():
                     self._keep(message)
                     yield message
             except WorkerLost as loss:
                 raise WorkerFailed(f"while step times were measured: {loss}") from loss
+
+    def _check_workers(self) -> None:
+        """Raises WorkerLost for who has died, is stopped, or hangs."""
+        self._workers.check()
+        self._workers.check_forming()
+        self._workers.check_hang(_STEP_TAKES_S)
 
     def _keep(self, message: StepResult | StageReport) -> None:
         if isinstance(message, StageReport):

@@ -86,7 +86,7 @@ class WorkerGroup:
         self._ready: set[int] = set()
         self._num_blocks: int | None = None
         self._first_step_id: int | None = None
-        self._forming = FormingWatch((), time.monotonic())
+        self._forming = FormingWatch((), time.monotonic(), steps_s=0.0)
         self._steps = StepWatch()
         self._num_dropped_by_workers = 0
 
@@ -100,10 +100,11 @@ class WorkerGroup:
         assert self._num_blocks is not None
         return self._num_blocks
 
-    def reform(self, loss: WorkerLost) -> None:
+    def reform(self, loss: WorkerLost, steps_s: float) -> None:
         """Start lost workers again, and bring all together, without any request.
 
-        The others keep their weights. Raises WorkerLost if more are lost meanwhile.
+        The others keep their weights; they may still be in steps that should take `steps_s`.
+        Raises WorkerLost if more are lost meanwhile.
         """
         self.generation += 1
         self._joined.clear()
@@ -117,7 +118,7 @@ class WorkerGroup:
             self._loaded.pop(rank, None)
         self._send_all(Reform(self.generation))
         survivors = [self.config.layout.place(rank) for rank in self._loaded]
-        self._forming = FormingWatch(survivors, time.monotonic())
+        self._forming = FormingWatch(survivors, time.monotonic(), steps_s)
         self._bring_together()
 
     def submit(self, plan: StepPlan) -> None:
@@ -148,15 +149,23 @@ class WorkerGroup:
         raise WorkerLost(places, reason, self._steps.requests_of(step_id))
 
     def check(self) -> None:
-        """Raise WorkerLost if a worker process has ended, WorkerFailed if a node is silent."""
+        """Raise WorkerLost if a worker process has ended, WorkerFailed if a node is silent, or
+        leaves before all have loaded.
+        """
         if failure := self._workforce.find_silent():
             self._raise_last_words()
             raise WorkerFailed(failure)
+        if self._num_blocks is None and (leaving := self.find_leaving()):
+            raise WorkerFailed(leaving)
         if deaths := self._workforce.ended():
             self._raise_last_words()
             raise self._loss(deaths)
         if odd := self._workforce.find_divergence():
             raise _diverged(odd)
+
+    def find_leaving(self) -> str | None:
+        """Which other node was told to leave, and waits for us to."""
+        return self._workforce.find_leaving()
 
     def num_dropped(self) -> dict[str, int]:
         """What either side of a channel has dropped since the start, by channel."""
@@ -223,7 +232,7 @@ class WorkerGroup:
             if (received := self._listener.receive()) is not None:
                 self._go_on_with(self._accept(*received))
             self.check()
-            self._check_forming()
+            self.check_forming()
 
     def _go_on_with(self, message: FromWorker | None) -> None:
         match message:
@@ -252,8 +261,10 @@ class WorkerGroup:
     def _store_port(self) -> int:
         return next((joined.store_port for joined in self._joined.values() if joined.store_port), 0)
 
-    def _check_forming(self) -> None:
-        """Raise WorkerLost if somebody keeps the others waiting."""
+    def check_forming(self) -> None:
+        """Raise WorkerLost if somebody keeps the others waiting, as they come together or in the
+        steps that are measured then.
+        """
         have_met = len(self._joined) == len(self._ranks)
         done = self._ready if have_met else self._loaded.keys()
         awaited = [self.config.layout.place(rank) for rank in self._ranks if rank not in done]

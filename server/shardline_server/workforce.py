@@ -45,6 +45,10 @@ class Workforce:
         """Hear what nodes have said; which of them has fallen silent."""
         return None if self._watch is None else self._watch.find_failure()
 
+    def find_leaving(self) -> str | None:
+        """Which other node was told to leave."""
+        return None if self._watch is None else self._watch.find_leaving()
+
     def ended(self) -> list[Death]:
         """The workers that have ended."""
         self.find_silent()

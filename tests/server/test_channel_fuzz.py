@@ -29,6 +29,7 @@ from shardline_server.messages import (
     Delta,
     Drain,
     Drops,
+    EngineAskedToLeave,
     EngineReady,
     FinishReason,
     FromEngine,
@@ -78,7 +79,12 @@ CHANNELS: dict[str, tuple[Decode, list[object]]] = {
     ),
     "from the engine": (
         msgspec.msgpack.Decoder(FromEngine).decode,
-        [Output([DELTA], STATS), EngineReady(64, 100, 16, 512), Drops({"worker": 1})],
+        [
+            Output([DELTA], STATS),
+            EngineReady(64, 100, 16, 512),
+            EngineAskedToLeave("node 1 was told to leave"),
+            Drops({"worker": 1}),
+        ],
     ),
     "to a worker": (decode_to_worker, [PLAN, Rendezvous("127.0.0.1", 9), Reform(1), Stop()]),
     "from a worker": (
@@ -91,7 +97,7 @@ CHANNELS: dict[str, tuple[Decode, list[object]]] = {
             Failed(0, 0, "no", True),
         ],
     ),
-    "to the head": (msgspec.msgpack.Decoder(Beat).decode, [Beat([], 3)]),
+    "to the head": (msgspec.msgpack.Decoder(Beat).decode, [Beat([], 3, True)]),
     "to a node": (msgspec.msgpack.Decoder(Answer).decode, [Answer(restarted=[(Place(0, 0), 1)])]),
 }
 

@@ -390,9 +390,10 @@ def test_a_reader_that_does_not_read_holds_up_nobody(running, http, peer, tokeni
     flood = tokenizer.encode("👩‍👩‍👧 ").ids * 5000
 
     def flood_the_first(submit):
-        num_floods = 80 if submit.sampling.seed == 1 else 0
-        floods = [delta(submit.request_id, 0, flood)] * num_floods
-        return [*floods, delta(submit.request_id, 0, [300], finish_reason=FinishReason.LENGTH)]
+        starts = [i * len(flood) for i in range(80 if submit.sampling.seed == 1 else 0)]
+        floods = [delta(submit.request_id, start, flood) for start in starts]
+        end = len(flood) * len(floods)
+        return [*floods, delta(submit.request_id, end, [300], finish_reason=FinishReason.LENGTH)]
 
     peer.script = flood_the_first
     body = {"prompt": "the fox", "stream": True, "seed": 1}

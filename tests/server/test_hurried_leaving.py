@@ -11,6 +11,7 @@ from tests.engine_process import running_engine
 from tests.server.test_serve import read_url, start
 from tests.tiny import save_tiny
 
+from shardline_server.engine_signals import LEAVE
 from shardline_shards.layout import ParallelLayout
 
 
@@ -24,11 +25,11 @@ def test_a_second_signal_hurries_an_engine_and_breaks_nothing(
         costs.unlink()
         for worker in psutil.Process(engine.pid).children():
             worker.suspend()
-        os.kill(engine.pid, signal.SIGTERM)
+        os.kill(engine.pid, LEAVE)
         while not costs.exists():
             time.sleep(0.01)
-        os.kill(engine.pid, signal.SIGTERM)
-        os.kill(engine.pid, signal.SIGTERM)
+        os.kill(engine.pid, LEAVE)
+        os.kill(engine.pid, LEAVE)
     assert "Traceback" not in capfd.readouterr().err
     assert costs.exists()
 

@@ -25,9 +25,15 @@ SHORT = {"max_tokens": 2, "stream": False}
 FREE_PORTS = ("--port", "0", "--grpc-port", "0")
 
 
-def start(model: Path, *options: str) -> subprocess.Popen[str]:
+def start(model: Path, *options: str, start_new_session: bool = False) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "shardline_server", "serve", str(model), *FREE_PORTS, *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=start_new_session,
+    )
 
 
 def read_url(process: subprocess.Popen[str]) -> str:
