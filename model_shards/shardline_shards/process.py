@@ -9,6 +9,8 @@ import time
 
 import setproctitle
 
+LEFT_TO_PARENT = (signal.SIGINT, signal.SIGTERM)
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -16,11 +18,13 @@ def start_child(name: str, parent_pid: int) -> None:
     """Name this process for `ps` and make it end when its parent does, however that ends.
 
     Ctrl-C reaches a whole foreground group, and SIGTERM often does; children leave it to their
-    parent to stop them, since it may have use for them until the last request is done.
+    parent to stop them, since it may have use for them until the last request is done. The parent
+    starts us with these signals blocked: what has come since is forgotten.
     """
     name_process(name)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in LEFT_TO_PARENT:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, LEFT_TO_PARENT)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent_pid:

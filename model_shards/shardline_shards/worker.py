@@ -211,7 +211,8 @@ class Worker:
             report.total_bytes / 1e6,
             time.monotonic() - started,
         )
-        self.stage = Stage(stage_model, self.device)
+        with _refusing():
+            self.stage = Stage(stage_model, self.device)
         self.ledger.rest()
         self._offer_memory(report)
 
@@ -277,10 +278,8 @@ class Worker:
         """Compute one token, over all ranks: what cannot be served shows now, not at a request."""
         sampling = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
         new, part = NewRequest(-1, [0], 1, sampling), ScheduledRequest(-1, 0, 1, [], [0], True)
-        try:
+        with _refusing():
             self._compute(StepPlan(-1, [], [new], [part]))
-        except NotImplementedError as error:
-            raise UnsupportedModel(str(error)) from error
         self.requests.apply(StepPlan(-1, [-1], [], []))
 
     def _kv_shape(self) -> KVShape:
@@ -349,6 +348,15 @@ class Worker:
             draw_tokens(batch, logits, self.requests),
             draw_prompt_logprobs(batch, logits, self.requests),
         )
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """What attention cannot do for a model shows when a layer is called for the first time."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise UnsupportedModel(str(error)) from error
 
 
 def _device(config: WorkerConfig) -> torch.device:

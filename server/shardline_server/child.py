@@ -6,10 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 from msgspec import Struct
+
+from shardline_shards.process import LEFT_TO_PARENT
 
 KILL_AFTER_S = 2.0
 
@@ -30,15 +32,26 @@ def prepare_child_process(
     descriptors: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Run `python -m module arguments…`; it inherits `descriptors`, and waits for its
-    configuration.
+    configuration. Signals to its whole group do not end it, from its first instruction on.
     """
-    return subprocess.Popen(
-        [sys.executable, "-m", module, *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ | (environment or {}),
-        pass_fds=descriptors,
-    )
+    with _blocked(LEFT_TO_PARENT):
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | (environment or {}),
+            pass_fds=descriptors,
+        )
+
+
+@contextlib.contextmanager
+def _blocked(numbers: Iterable[signal.Signals]) -> Iterator[None]:
+    """A child inherits which signals wait; ours come when we are through."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def configure_child_process(process: subprocess.Popen[bytes], config: Struct) -> None:

@@ -10,9 +10,17 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from tests.engine_process import engine_config
 from tests.server.namespaces import Hosts
 from tests.server.test_serve import LONG, read_url, start
 from tests.server.two_nodes import launched
+
+from shardline_server.child import (
+    configure_child_process,
+    prepare_child_process,
+    stop_child_processes,
+)
+from shardline_shards.layout import ParallelLayout
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -35,6 +43,22 @@ def test_running_streams_finish(tiny_model: Path, number: signal.Signals) -> Non
     assert "Traceback" not in errors
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
+
+
+def test_a_child_that_has_not_begun_goes_on(tiny_model: Path) -> None:
+    """By default these signals end it, and Python takes a while to begin. Its parent can."""
+    process = prepare_child_process("shardline_server.engine")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process.send_signal(number)
+    try:
+        config = engine_config(tiny_model, ParallelLayout(tp=1, stage_layers=(3,)))
+        configure_child_process(process, config)
+        assert process.stdout is not None
+        assert b"address" in process.stdout.readline()
+    finally:
+        process.kill()
+        stop_child_processes([process])
+    assert process.returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("told", ["head", "node", "head and node"])
