@@ -139,8 +139,9 @@ class Planner:
     def _aim(self, step: Step, prefills: list[Request], now: float) -> None:
         num_tokens = self._waiting.num_tokens
         num_tokens += sum(len(r.token_ids) - r.num_computed_tokens for r in prefills)
-        count, has_decodes = len(prefills) + len(self._waiting), self._running.num_promised_decodes
-        self._keeper.aim(step.load, now, Prompts(count, num_tokens, has_decodes > 0))
+        count, running = len(prefills) + len(self._waiting), self._running
+        prompts = Prompts(count, num_tokens, running.num_decodes, running.num_promised_decodes > 0)
+        self._keeper.aim(step.load, now, prompts)
 
     def _order(self, request: Request) -> tuple[Key, int]:
         return self._policy.key(request), request.sequence

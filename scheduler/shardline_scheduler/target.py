@@ -6,7 +6,7 @@ the time that admission found feasible; without, decodes set it.
 """
 
 from dataclasses import dataclass, replace
-from math import inf
+from math import inf, sqrt
 
 from .capacity import Pricing
 from .cost import StepLoad
@@ -23,11 +23,13 @@ _LARGEST_MOVE = 1.1
 class Prompts:
     """What a step may choose from: so many prompts, and tokens of theirs to be computed.
 
+    `num_decodes` others are decoding, in this step or in one that is in flight;
     `has_promised_decodes` is whether somebody's tokens have to come in time meanwhile.
     """
 
     count: int
     num_tokens: int
+    num_decodes: int
     has_promised_decodes: bool
 
 
@@ -36,6 +38,7 @@ class TimeTarget:
 
     def __init__(self, pricing: Pricing) -> None:
         self.step_s = inf
+        self._with_decodes_s = inf  # the last one that decodes had set, infinity after others
         self._pricing = pricing
         self._always = True
 
@@ -45,23 +48,40 @@ class TimeTarget:
         """
         if not self._pricing.model.is_ready:
             return
-        if not load.num_decodes:
-            self.step_s = longest_s
+        if not load.num_decodes and not prompts.num_decodes:
+            self.keep(min(self._soonest_s(prompts.num_tokens), longest_s))
             return
-        decodes_s = self._pricing.model.step_seconds(load)
+        decodes = load if load.num_decodes else self._pricing.share_of(prompts.num_decodes, 0)
+        decodes_s = self._pricing.model.step_seconds(decodes)
         wanted = DECODES_STRETCH * decodes_s
         if prompts.count > 1:
             num_tokens = prompts.num_tokens // _STEPS_FOR_BACKLOG
             part = self._pricing.model.prefill_seconds(num_tokens, 0)
             wanted = max(wanted, decodes_s + part)
-        if self.step_s < inf:
-            least, most = self.step_s / _LARGEST_MOVE, self.step_s * _LARGEST_MOVE
-            wanted = min(max(wanted, least, decodes_s), most)
-        self.step_s = min(wanted, longest_s)
+        if self._with_decodes_s < inf:
+            last_s = self._with_decodes_s
+            wanted = max(wanted, last_s / _LARGEST_MOVE, decodes_s)
+            wanted = min(wanted, last_s * _LARGEST_MOVE)
+        self.step_s = self._with_decodes_s = min(wanted, longest_s)
+
+    def _soonest_s(self, num_tokens: int) -> float:
+        """The step that has so many prompt tokens through all p stages soonest.
+
+        Of a stage's time S for them all and o for a step, m steps take (m + p - 1) (S / m + o),
+        which is least for m = √((p - 1) S / o). One stage takes them at once.
+        """
+        model = self._pricing.model
+        whole_s, least_s = model.prefill_seconds(num_tokens, 0), model.step_seconds(StepLoad())
+        most_steps = max(1, num_tokens // self._pricing.tile)
+        num_behind = len(model.stages) - 1
+        if not num_behind or not whole_s:
+            return inf
+        num_steps = sqrt(num_behind * whole_s / least_s) if least_s else inf
+        return least_s + whole_s / min(max(1.0, num_steps), most_steps)
 
     def keep(self, step_s: float) -> None:
-        """For a step while first tokens are promised, which this time was found to suit."""
-        self.step_s = step_s
+        """For a step that this time was found to suit, whatever decodes of guests there are."""
+        self.step_s, self._with_decodes_s = step_s, inf
 
     def insist(self, *, always: bool) -> None:
         """Whether a step with nothing else in it takes a few tokens however long they are."""
