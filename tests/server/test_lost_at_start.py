@@ -2,7 +2,6 @@
 which one and why. Whoever has started it may start it again.
 """
 
-import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,11 @@ def await_worker(process: subprocess.Popen[str], name: str) -> psutil.Process:
                 continue  # what measures layers has just ended
 
 
+def rank_of(worker: psutil.Process) -> int:
+    """Workers are started in the order of their ranks, and may be named in any other."""
+    return sorted(one.pid for one in psutil.Process(worker.ppid()).children()).index(worker.pid)
+
+
 def last_words(process: subprocess.Popen[str]) -> str:
     """Why it ends, as it says: it has status 1, and no child any more."""
     children = psutil.Process(process.pid).children(recursive=True)
@@ -41,9 +45,10 @@ def test_a_worker_dies(tiny_model: Path, name: str) -> None:
     """While it imports torch, and once it has been told what to load."""
     options = ("--pp", "2", "--tp", "2", "--dtype", "float32")
     with ended(start(tiny_model, *options, start_new_session=True)) as (process,):
-        await_worker(process, name).kill()
+        worker = await_worker(process, name)
+        stage, tp_rank = divmod(rank_of(worker), 2)
+        worker.kill()
         line = last_words(process)
-    stage, tp_rank = re.findall(r"\d", name) or "00"
     assert f"the worker of stage {stage}, tp rank {tp_rank} was killed by signal 9, " in line
 
 
