@@ -127,7 +127,7 @@ def test_head_and_node_drop_what_they_cannot_read_and_the_head_counts_both(
 
     def beat_until(is_so: Callable[[], bool]) -> None:
         while not is_so():
-            node.beat([], exits)
+            node.beat([], exits, told_to_leave=False)
             assert head.find_failure() is None
 
     with dealer(head.endpoint.address, head.endpoint.keys, b"\xff of no name") as peer:
@@ -137,7 +137,7 @@ def test_head_and_node_drop_what_they_cannot_read_and_the_head_counts_both(
     beat_until(lambda: head.num_dropped == 2)
     head.dismiss()
     while not node.answer.leave:
-        node.beat([], exits)
+        node.beat([], exits, told_to_leave=False)
     node.close()
 
 
@@ -190,7 +190,9 @@ def test_a_worker_of_another_node_that_does_something_else_is_named(
     ledgers = [Ledger.create() for _ in range(3)]
 
     def tell() -> dict[Place, str]:
-        node.beat([state(i, ledger) for i, ledger in enumerate(ledgers)], exits)
+        node.beat(
+            [state(i, ledger) for i, ledger in enumerate(ledgers)], exits, told_to_leave=False
+        )
         assert head.find_failure() is None
         return workforce.find_divergence()
 
