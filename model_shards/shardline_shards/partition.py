@@ -4,7 +4,6 @@ Pure arithmetic; who measures the parts is `profile.py`.
 """
 
 from collections.abc import Sequence
-from functools import cache
 from itertools import accumulate
 
 from msgspec import Struct
@@ -76,6 +75,9 @@ def cut_stages(
     return _Cutter(times, num_stages, room).cut()
 
 
+_Evenness = tuple[float, tuple[int, ...]]  # sum of squares, layers of each stage
+
+
 class _Cutter:
     def __init__(self, times: LayerTimes, num_stages: int, room: StageRoom | None) -> None:
         self.times = times
@@ -105,33 +107,39 @@ class _Cutter:
         return range(self.num_layers - (self.num_stages - 1 - stage), start, -1)
 
     def _slowest(self) -> float:
-        @cache
-        def slowest(stage: int, start: int) -> float:
-            if stage == self.num_stages:
-                return 0.0
-            return min(
-                (
-                    max(self._stage_s(stage, start, end), slowest(stage + 1, end))
-                    for end in self._ends(stage, start)
-                ),
-                default=float("inf"),
-            )
+        """The slowest stage of the best cut; from the last stage back, by its first layer."""
+        best = {self.num_layers: 0.0}
+        for stage in reversed(range(self.num_stages)):
+            best = {
+                start: self._slowest_from(stage, start, best) for start in range(self.num_layers)
+            }
+        return best[0]
 
-        return slowest(0, 0)
+    def _slowest_from(self, stage: int, start: int, after: dict[int, float]) -> float:
+        return min(
+            (max(self._stage_s(stage, start, end), after[end]) for end in self._ends(stage, start)),
+            default=float("inf"),
+        )
 
     def _most_even(self, limit_s: float) -> tuple[int, ...]:
-        @cache
-        def squares(stage: int, start: int) -> tuple[float, tuple[int, ...]]:
-            if stage == self.num_stages:
-                return 0.0, ()
-            best: tuple[float, tuple[int, ...]] = (float("inf"), ())
-            for end in self._ends(stage, start):
-                seconds = self._stage_s(stage, start, end)
-                if seconds > limit_s:
-                    continue
-                rest, counts = squares(stage + 1, end)
-                if (total := seconds**2 + rest) < best[0] * (1 - _TOLERANCE):
-                    best = (total, (end - start, *counts))
-            return best
+        """The most even cut with no stage slower than that."""
+        best: dict[int, _Evenness] = {self.num_layers: (0.0, ())}
+        for stage in reversed(range(self.num_stages)):
+            best = {
+                start: self._most_even_from(stage, start, limit_s, best)
+                for start in range(self.num_layers)
+            }
+        return best[0][1]
 
-        return squares(0, 0)[1]
+    def _most_even_from(
+        self, stage: int, start: int, limit_s: float, after: dict[int, _Evenness]
+    ) -> _Evenness:
+        best: _Evenness = (float("inf"), ())
+        for end in self._ends(stage, start):
+            seconds = self._stage_s(stage, start, end)
+            if seconds > limit_s:
+                continue
+            rest, counts = after[end]
+            if (total := seconds**2 + rest) < best[0] * (1 - _TOLERANCE):
+                best = (total, (end - start, *counts))
+        return best
