@@ -27,7 +27,8 @@ class _Headers(BaseModel):
 _NAMES = {name: str(field.alias) for name, field in _Headers.model_fields.items()}
 
 
-def _read(request: Request, headers: Annotated[_Headers, Header()]) -> BudgetFields | None:
+async def _read(request: Request, headers: Annotated[_Headers, Header()]) -> BudgetFields | None:
+    # Not for waiting: FastAPI sends what is not async through a thread.
     known = {name.lower() for name in _NAMES.values()}
     for name in request.headers:
         if name.startswith(PREFIX.lower()) and name not in known:
