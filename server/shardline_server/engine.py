@@ -9,7 +9,6 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 from random import Random
@@ -19,24 +18,19 @@ import msgspec
 import zmq
 
 from shardline_scheduler import (
-    BudgetImpossible,
-    BudgetRefused,
-    BudgetUnmet,
     DuplicateRequest,
-    FinishReason,
-    QueueFull,
     Request,
     RequestOutput,
-    RequestTooLong,
     Scheduler,
     SchedulerError,
-    TenantQuotaExceeded,
 )
 from shardline_scheduler.plan import StageTiming, StepResult
 from shardline_server.child import ChildExits
+from shardline_server.deltas import delta_of, failure_of, refusal_of
 from shardline_server.engine_config import EngineAddress, EngineConfig
 from shardline_server.engine_signals import Leaving, StopSignal
-from shardline_server.gate import Gate, Listener
+from shardline_server.frontend_channel import FrontendChannel, RequestNames
+from shardline_server.gate import Gate
 from shardline_server.messages import (
     Abort,
     Delta,
@@ -47,12 +41,9 @@ from shardline_server.messages import (
     EngineReady,
     EngineRecovering,
     EngineStats,
-    FromEngine,
     Hello,
     Output,
-    Refusal,
     Submit,
-    ToEngine,
 )
 from shardline_server.pipe_accounting import PipeAccounting
 from shardline_server.recovery import Recovery
@@ -68,76 +59,6 @@ logger = logging.getLogger("shardline.engine")
 _LOOK_INTERVAL_S = 0.5
 _SPARE_AFTER_S = 3.0  # what has just begun to serve needs the cores itself
 _GREETING_TAKES_MS = 10_000
-_ERROR_CODES: dict[type[SchedulerError], str] = {
-    QueueFull: "QueueFull",
-    RequestTooLong: "PromptTooLong",
-    DuplicateRequest: "InvalidRequest",
-    BudgetImpossible: "BudgetImpossible",
-    BudgetUnmet: "BudgetUnmet",
-    TenantQuotaExceeded: "TenantQuotaExceeded",
-}
-
-
-class FrontendChannel:
-    """The engine's end of the channel to its front ends."""
-
-    def __init__(self, gate: Gate, host: str) -> None:
-        decode: Callable[[bytes], ToEngine] = msgspec.msgpack.Decoder(ToEngine).decode
-        self._listener = Listener(gate, host, decode)
-        self.socket = self._listener.socket
-        self.address = self._listener.endpoint.address
-        self.frontends: set[bytes] = set()
-        self._encode = msgspec.msgpack.Encoder().encode
-
-    def receive(self) -> tuple[bytes, ToEngine] | None:
-        """The next message and who sent it, if one is there."""
-        received = self._listener.receive()
-        if received is not None:
-            self.frontends.add(received[0])
-        return received
-
-    @property
-    def num_dropped(self) -> int:
-        """Messages that could not be read, and strangers."""
-        return self._listener.num_dropped
-
-    def send(self, frontend: bytes, message: FromEngine) -> None:
-        """Queue a message for a front end."""
-        self._listener.send(frontend, self._encode(message))
-
-    def send_all(self, message: FromEngine) -> None:
-        """Queue a message for every front end."""
-        for frontend in self.frontends:
-            self.send(frontend, message)
-
-    def close(self) -> None:
-        """Send what is queued, for a second at most, then leave."""
-        self._listener.close(linger_ms=1000)
-
-
-@dataclass(slots=True)
-class RequestNames:
-    """Scheduler ids and the names that front ends use; two front ends may use the same."""
-
-    _clients: dict[str, tuple[bytes, str]] = field(default_factory=dict)
-
-    @staticmethod
-    def scheduler_id(frontend: bytes, request_id: str) -> str:
-        """The engine-wide name."""
-        return f"{frontend.hex()}/{request_id}"
-
-    def add(self, frontend: bytes, request_id: str) -> str:
-        """Remember who sent a request."""
-        name = self.scheduler_id(frontend, request_id)
-        self._clients[name] = (frontend, request_id)
-        return name
-
-    def __getitem__(self, name: str) -> tuple[bytes, str]:
-        return self._clients[name]
-
-    def forget(self, name: str) -> None:
-        """The request is over."""
-        self._clients.pop(name, None)
 
 
 class Engine:
@@ -299,13 +220,13 @@ class Engine:
     def _end(self, request: Request, code: str, message: str) -> None:
         """End a request that is alive, with an error."""
         frontend, request_id = self._names[request.request_id]
-        delta = _error(request_id, code, message, index=request.num_output_tokens)
+        delta = failure_of(request_id, code, message, index=request.num_output_tokens)
         self._news.setdefault(frontend, []).append(delta)
         self._abort(frontend, request_id)
 
     def _admit(self, frontend: bytes, submit: Submit) -> None:
         if self._is_leaving:
-            refusal = _error(submit.request_id, "NotServing", "The server is shutting down.")
+            refusal = failure_of(submit.request_id, "NotServing", "The server is shutting down.")
             self._news.setdefault(frontend, []).append(refusal)
             self._has_news = True
             return
@@ -317,7 +238,7 @@ class Engine:
         except SchedulerError as error:
             if not isinstance(error, DuplicateRequest):
                 self._names.forget(name)
-            self._news.setdefault(frontend, []).append(_refusal(submit.request_id, error))
+            self._news.setdefault(frontend, []).append(refusal_of(submit.request_id, error))
 
     def _abort(self, frontend: bytes, request_id: str) -> None:
         name = self._names.scheduler_id(frontend, request_id)
@@ -342,7 +263,7 @@ class Engine:
         for output in outputs:
             self._has_news = True
             frontend, request_id = self._names[output.request_id]
-            self._news.setdefault(frontend, []).append(_delta(request_id, output))
+            self._news.setdefault(frontend, []).append(delta_of(request_id, output))
             if output.finish_reason is not None:
                 self._names.forget(output.request_id)
 
@@ -367,34 +288,6 @@ class Engine:
             self.frontends.send(frontend, Output(self._news.get(frontend, []), stats))
         self._news.clear()
         self._has_news = False
-
-
-def _delta(request_id: str, output: RequestOutput) -> Delta:
-    return Delta(
-        request_id,
-        output.index,
-        output.token_ids,
-        output.logprobs,
-        output.prompt_logprobs,
-        output.finish_reason,
-        None,
-        None,
-        output.num_cached_tokens,
-        budget=output.budget,
-    )
-
-
-def _refusal(request_id: str, error: SchedulerError) -> Delta:
-    code, refusal = _ERROR_CODES[type(error)], None
-    if isinstance(error, BudgetRefused):
-        refusal = Refusal(
-            retry_after_s=error.retry_after_s, asked=error.asked, predicted=error.predicted
-        )
-    return msgspec.structs.replace(_error(request_id, code, str(error)), refusal=refusal)
-
-
-def _error(request_id: str, code: str, message: str, *, index: int = 0) -> Delta:
-    return Delta(request_id, index, [], [], [], FinishReason.ERROR, code, message, 0)
 
 
 def main() -> None:

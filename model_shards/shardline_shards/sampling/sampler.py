@@ -66,9 +66,7 @@ def _way(row: SampleRow) -> _Way:
 
 def _take_best(scores: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """The lowest id of the likeliest."""
-    if (
-        scores.device.type == "cpu"
-    ):  # numpy's search is vectorized: 0.03 ms instead of 0.4 for 16 rows
+    if scores.device.type == "cpu":  # numpy's search is vectorized: 0.03 ms for 16 rows, not 0.4
         return torch.from_numpy(scores.float().numpy().argmax(-1))
     return scores.argmax(-1)
 
