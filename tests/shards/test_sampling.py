@@ -50,7 +50,8 @@ def kept_by_the_rules(scores: list[float], params: SamplingParams) -> dict[int, 
     best = max(scores)
     weights = [math.exp((score - best) / params.temperature) for score in scores]
     order = sorted(range(len(scores)), key=lambda token: (-scores[token], token))
-    order = [token for token in order if weights[token] >= params.min_p * max(weights)]
+    least = params.min_p * max(weights)
+    order = [token for token in order if weights[token] >= least]
     order = order[: params.top_k or len(order)]
     total, mass, kept = sum(weights[token] for token in order), 0.0, []
     for token in order:
@@ -104,6 +105,23 @@ def test_every_row_of_a_mixed_batch_follows_the_rules(data: st.DataObject) -> No
         num_prompt = data.draw(st.integers(1, len(token_ids)))
         params = data.draw(params_strategy)
         rows.append(row(token_ids, num_prompt, stop_token_ids=(0, 3), **params))
+    wanted = [token_by_the_rules(part, one) for part, one in zip(logits, rows, strict=True)]
+    assert draw(logits, rows) == wanted
+
+
+@pytest.mark.parametrize("scale", [0.3, 2.0, 8.0])
+@pytest.mark.parametrize("top_p", [0.2, 0.9, 0.9999999])
+def test_a_nucleus_of_a_large_vocabulary_follows_the_rules(scale: float, top_p: float) -> None:
+    """Of a few tokens or of thousands, beside rows that have other filters too."""
+    logits = random_logits(6, 20_001, seed=5, scale=scale)
+    rows = [
+        row(seed=1, top_p=top_p),
+        row(seed=2, top_p=top_p, temperature=0.4),
+        row(seed=3, top_p=top_p, top_k=150),
+        row(seed=4, top_p=top_p, temperature=1.9),
+        row(seed=5, top_p=top_p, min_p=0.1),
+        row(seed=6, top_k=40, temperature=0.7),
+    ]
     wanted = [token_by_the_rules(part, one) for part, one in zip(logits, rows, strict=True)]
     assert draw(logits, rows) == wanted
 

@@ -1,12 +1,13 @@
 """min_p, top_k and top_p: which tokens may be drawn. Exact, whatever the distribution.
 
-Each filter keeps a prefix of the tokens in the order (likeliest first, lowest id first). Safe
-floors pick the few tokens that can matter; the prefix is then found by a histogram over those, and
-nothing is sorted but the one bin in which it ends.
+Each filter keeps a prefix of the tokens in the order (likeliest first, lowest id first). Floors,
+found among the maxima of blocks of tokens, pick the few tokens that can matter; the prefix is then
+found by a histogram over those, and nothing is sorted but the one bin in which it ends.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf, log
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from shardline_shards.sampling.rows import SampleRow
 
 _BINS_PER_NAT = 32
 _NUM_BINS = 2048
-_BLOCK = 32
+_ROUNDING = 1e-5  # far above what probabilities in fp32 are off by, all together
+_BLOCK = 64
+_USUAL_NUCLEUS = 128  # What stands for a top_p is first looked for among so many blocks' maxima.
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +26,8 @@ class Candidates:
     """Tokens that may be drawn, ids ascending in a row; rows are padded with score -inf, weight 0.
 
     token_ids   int64 [rows, width]
-    scores      fp32 [rows, width], logits after the temperature
-    weights     fp64 [rows, width], their probabilities, 0 where filtered out
+    scores      fp32 [rows, width], logits before the temperature
+    weights     fp64 [rows, width], their likelihood beside the best one's, 0 where filtered out
     """
 
     token_ids: Tensor
@@ -32,23 +35,36 @@ class Candidates:
     weights: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """All tokens of some rows: fp32 scores [rows, blocks, block], the blocks' maxima [rows,
+    blocks]; of the rows the best score and the temperature [rows, 1].
+    """
+
+    scores: Tensor
+    maxima: Tensor
+    best: Tensor
+    temperatures: Tensor
+
+
 def has_filter(row: SampleRow) -> bool:
     """Whether min_p, top_k or top_p is set."""
-    return row.sampling.min_p > 0 or row.sampling.top_k > 0 or row.sampling.top_p < 1
+    return _is_narrowed(row) or row.sampling.top_p < 1
 
 
 def filter_tokens(scores: Tensor, rows: Sequence[SampleRow]) -> Candidates:
-    """What min_p, top_k and top_p, in this order, leave of `scores` [rows, vocab]: at least one."""
-    probabilities = scores.softmax(-1)
-    found = _gather(scores, probabilities, probabilities >= _floors(probabilities, rows))
+    """What min_p, top_k and top_p, in this order, leave: at least one token.
+
+    `scores` fp32 [rows, vocab] are logits before the temperature, which every row has (> 0).
+    """
+    found, totals = _find(scores, rows)
     top_k = [row.sampling.top_k or scores.shape[-1] for row in rows]
     if min(top_k) < scores.shape[-1]:
         ones = torch.ones_like(found.weights)
         _drop_but(found, keep_prefix(found.scores, ones, _column(ones, top_k)))
     top_p = [row.sampling.top_p for row in rows]
     if min(top_p) < 1:
-        left = found.weights.sum(-1, keepdim=True)
-        left = torch.where(_column(left, [_is_narrowed(row) for row in rows]) > 0, left, 1.0)
+        left = torch.where(totals > 0, totals, found.weights.sum(-1, keepdim=True))
         targets = left * _column(left, top_p)
         _drop_but(found, keep_prefix(found.scores, found.weights, targets))
     return found
@@ -62,55 +78,89 @@ def _drop_but(found: Candidates, kept: Tensor) -> None:
     found.weights.masked_fill_(~kept, 0)
 
 
-def _floors(probabilities: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """A probability [rows, 1] under which a token is filtered out for sure.
+def _find(scores: Tensor, rows: Sequence[SampleRow]) -> tuple[Candidates, Tensor]:
+    """All that can be left, and the weight of all tokens, fp64 [rows, 1]: 0 where nobody asks."""
+    blocks = _in_blocks_of(scores, rows)
+    floors = _floors(blocks, rows)
+    found = _above(blocks, floors)
+    totals = found.weights.new_zeros(len(rows), 1)
+    alone = [i for i, row in enumerate(rows) if not _is_narrowed(row)]
+    if not alone:
+        return found, totals
+    part = scores if len(alone) == len(rows) else scores[alone]
+    temperatures = blocks.temperatures[alone]
+    shares = (part / temperatures).softmax(-1)
+    totals[alone] = shares.amax(-1, keepdim=True).double().reciprocal()
+    top_p = _column(totals, [row.sampling.top_p for row in rows])
+    if (found.weights.sum(-1, keepdim=True) < totals * top_p).any():
+        floors[alone] = _nucleus_floors(part, shares, temperatures, top_p[alone])
+        found = _above(blocks, floors)
+    return found, totals
 
-    min_p (https://arxiv.org/abs/2407.01082) is such a floor itself. Of a top_p alone
-    (https://arxiv.org/abs/1904.09751): the tokens under (1 - top_p) / vocab do not sum up to what
-    may be missing. Of a top_k: k tokens at least reach the k-th largest of the blocks' maxima.
+
+def _in_blocks_of(scores: Tensor, rows: Sequence[SampleRow]) -> _Blocks:
+    blocks = in_blocks(scores, _BLOCK, padding=-inf)
+    maxima = blocks.amax(-1)
+    temperatures = _column(scores, [row.sampling.temperature for row in rows])
+    return _Blocks(blocks, maxima, maxima.amax(-1, keepdim=True), temperatures)
+
+
+def _floors(blocks: _Blocks, rows: Sequence[SampleRow]) -> Tensor:
+    """A score [rows, 1] under which a token is filtered out: for sure, but for a top_p alone.
+
+    min_p (https://arxiv.org/abs/2407.01082) is such a floor itself. Of a top_k: k tokens at least
+    reach the k-th largest of the blocks' maxima. A top_p (https://arxiv.org/abs/1904.09751) alone
+    gets as many as are usual.
     """
-    vocab_size = probabilities.shape[-1]
-    best = probabilities.amax(-1, keepdim=True)
-    floors = best * _column(best, [row.sampling.min_p for row in rows])
-    spare = [0.0 if _is_narrowed(row) else 0.999 * (1 - row.sampling.top_p) for row in rows]
-    floors = torch.maximum(floors, _column(best, spare) / vocab_size)
-    top_k = [row.sampling.top_k for row in rows]
-    if any(top_k):
-        floors = torch.maximum(floors, _kth_maxima(probabilities, top_k))
-    return floors
+    nats = [log(min_p) if (min_p := row.sampling.min_p) > 0 else -inf for row in rows]
+    floors = blocks.best + blocks.temperatures * _column(blocks.best, nats)
+    counts = [row.sampling.top_k if _is_narrowed(row) else _USUAL_NUCLEUS for row in rows]
+    floors = torch.maximum(floors, _kth_maxima(blocks.maxima, counts))
+    return floors.clamp_(min=torch.finfo(floors.dtype).min)
 
 
-def _kth_maxima(probabilities: Tensor, top_k: list[int]) -> Tensor:
-    """The k-th largest maximum [rows, 1] of blocks of tokens, 0 where k is 0 or too large."""
-    maxima = in_blocks(probabilities, _BLOCK).amax(-1)
-    within = [k if k <= maxima.shape[-1] else 0 for k in top_k]
+def _nucleus_floors(scores: Tensor, shares: Tensor, temperatures: Tensor, top_p: Tensor) -> Tensor:
+    """A score [rows, 1] such that all of that and above have the row's top_p for sure."""
+    best = scores.amax(-1, keepdim=True)
+    bins = _bins(scores, best, temperatures)
+    masses = top_p.new_zeros(len(scores), _NUM_BINS).scatter_add_(1, bins, shares.double())
+    last = torch.searchsorted(masses.cumsum(1), top_p + _ROUNDING)
+    floors = best - temperatures * ((last + 2) / _BINS_PER_NAT)  # one more bin than is needed
+    return torch.where(last < _NUM_BINS - 1, floors, torch.finfo(floors.dtype).min)
+
+
+def _kth_maxima(maxima: Tensor, counts: list[int]) -> Tensor:
+    """The k-th largest [rows, 1] of `maxima` [rows, blocks], -inf where k is 0 or too large."""
+    within = [k if k <= maxima.shape[-1] else 0 for k in counts]
     largest = maxima.topk(max(1, *within)).values
     places = torch.tensor(within, device=maxima.device)[:, None]
-    return torch.where(places > 0, largest.gather(1, (places - 1).clamp_(min=0)), 0.0)
+    return torch.where(places > 0, largest.gather(1, (places - 1).clamp_(min=0)), -inf)
 
 
-def in_blocks(weights: Tensor, size: int) -> Tensor:
-    """`weights` [rows, n] as [rows, ceil(n / size), size], padded with 0 where need be."""
+def in_blocks(weights: Tensor, size: int, padding: float = 0.0) -> Tensor:
+    """`weights` [rows, n] as [rows, ceil(n / size), size], padded where need be."""
     missing = -weights.shape[-1] % size
-    padded = torch.nn.functional.pad(weights, (0, missing)) if missing else weights
-    return padded.view(len(weights), -1, size)
+    if missing:
+        weights = torch.nn.functional.pad(weights, (0, missing), value=padding)
+    return weights.view(len(weights), -1, size)
 
 
 def _column(like: Tensor, numbers: Sequence[float]) -> Tensor:
     return like.new_tensor(numbers)[:, None]
 
 
-def _gather(scores: Tensor, probabilities: Tensor, mask: Tensor) -> Candidates:
-    flat = mask.flatten().nonzero().squeeze(1)
-    row = flat // mask.shape[1]
-    place, shape = _places(row, len(mask))
-    into = row * shape[1] + place
+def _above(blocks: _Blocks, floors: Tensor) -> Candidates:
+    """The tokens whose scores reach their row's floor."""
+    row, block = (blocks.maxima >= floors).nonzero(as_tuple=True)
+    scores = blocks.scores[row, block]
+    index, lane = (scores >= floors[row]).nonzero(as_tuple=True)
+    row = row[index]
+    place, shape = _places(row, len(floors))
     ids = torch.zeros(shape, dtype=torch.long, device=row.device)
-    gathered = scores.new_full(shape, float("-inf"))
-    weights = torch.zeros(shape, dtype=torch.float64, device=row.device)
-    ids.view(-1)[into] = flat - row * mask.shape[1]
-    gathered.view(-1)[into] = scores.flatten()[flat]
-    weights.view(-1)[into] = probabilities.flatten()[flat].double()
+    ids[row, place] = block[index] * _BLOCK + lane
+    gathered = scores.new_full(shape, -inf)
+    gathered[row, place] = scores[index, lane]
+    weights = ((gathered - blocks.best).double() / blocks.temperatures).exp_()
     return Candidates(ids, gathered, weights)
 
 
@@ -129,7 +179,7 @@ def keep_prefix(scores: Tensor, weights: Tensor, targets: Tensor) -> Tensor:
     >= 0; `targets` fp64 [rows, 1] are > 0. Where the weights do not reach the target all are kept.
     """
     best = scores.amax(-1, keepdim=True)
-    bins = (best - scores).mul_(_BINS_PER_NAT).clamp_(max=_NUM_BINS - 1).long()
+    bins = _bins(scores, best)
     masses = weights.new_zeros((len(scores), _NUM_BINS)).scatter_add_(1, bins, weights)
     sums = masses.cumsum(1)
     last = torch.searchsorted(sums, targets).clamp_(max=_NUM_BINS - 1)
@@ -139,6 +189,12 @@ def keep_prefix(scores: Tensor, weights: Tensor, targets: Tensor) -> Tensor:
     if len(row):
         kept[row, token] = _is_needed(scores, weights, row, token, missing)
     return kept
+
+
+def _bins(scores: Tensor, best: Tensor, temperatures: Tensor | float = 1.0) -> Tensor:
+    """The number of each score's bin, int64; the best ones' is 0."""
+    below = (best - scores).mul_(_BINS_PER_NAT / temperatures)
+    return below.clamp_(max=_NUM_BINS - 1).long()
 
 
 def _is_needed(

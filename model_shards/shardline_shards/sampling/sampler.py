@@ -76,7 +76,7 @@ def _draw_any(scores: Tensor, rows: Sequence[SampleRow]) -> Tensor:
 
 
 def _draw_filtered(scores: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    found = filter_tokens(_tempered(scores, rows), rows)
+    found = filter_tokens(scores, rows)
     index = invert(found.weights, _noise(scores, rows))
     return found.token_ids.gather(1, index[:, None]).squeeze(1)
 
