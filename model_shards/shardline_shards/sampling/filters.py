@@ -18,6 +18,7 @@ _BINS_PER_NAT = 32
 _NUM_BINS = 2048
 _ROUNDING = 1e-5  # far above what probabilities in fp32 are off by, all together
 _BLOCK = 64
+_ROWS_AT_ONCE = 2
 _USUAL_NUCLEUS = 128  # What stands for a top_p is first looked for among so many blocks' maxima.
 
 
@@ -93,7 +94,9 @@ def _find(scores: Tensor, rows: Sequence[SampleRow]) -> tuple[Candidates, Tensor
     totals[alone] = shares.amax(-1, keepdim=True).double().reciprocal()
     top_p = _column(totals, [row.sampling.top_p for row in rows])
     if (found.weights.sum(-1, keepdim=True) < totals * top_p).any():
-        floors[alone] = _nucleus_floors(part, shares, temperatures, top_p[alone])
+        # Few at a time: temporaries of many rows come from fresh pages, which cost four times this.
+        each = (x.split(_ROWS_AT_ONCE) for x in (part, shares, temperatures, top_p[alone]))
+        floors[alone] = torch.cat([_nucleus_floors(*few) for few in zip(*each, strict=True)])
         found = _above(blocks, floors)
     return found, totals
 
