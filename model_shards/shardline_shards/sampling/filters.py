@@ -95,7 +95,7 @@ def _find(scores: Tensor, rows: Sequence[SampleRow]) -> tuple[Candidates, Tensor
     top_p = _column(totals, [row.sampling.top_p for row in rows])
     if (found.weights.sum(-1, keepdim=True) < totals * top_p).any():
         # Few at a time: temporaries of many rows come from fresh pages, which cost four times this.
-        each = (x.split(_ROWS_AT_ONCE) for x in (part, shares, temperatures, top_p[alone]))
+        each = (torch.split(x, _ROWS_AT_ONCE) for x in (part, shares, temperatures, top_p[alone]))
         floors[alone] = torch.cat([_nucleus_floors(*few) for few in zip(*each, strict=True)])
         found = _above(blocks, floors)
     return found, totals
