@@ -8,7 +8,6 @@ Guests do not count: they get what is left over.
 from collections.abc import Callable
 from dataclasses import replace
 from math import inf
-from typing import TypeVar
 
 from .budget import OnMiss
 from .capacity import Pricing
@@ -21,12 +20,10 @@ from .lengths import OutputLengths
 from .patience import Patience
 from .policy import Policy
 from .request import Request
-from .retry import LEAST_WAIT_S, earliest
+from .retry import Retries
 from .tenants import INPUT_WEIGHT, OUTPUT_WEIGHT, Tenants
 from .terms import Rank
-from .verdict import Ahead, Arrival, Book, Judge
-
-T = TypeVar("T")
+from .verdict import Ahead, Arrival, Judge
 
 
 class Admission:
@@ -50,6 +47,7 @@ class Admission:
         self._judge = Judge(pricing, config.max_num_seqs, config.num_blocks)
         self._tenants = Tenants()
         self._patience = Patience(config)
+        self._retries = Retries()
         self._charges: dict[Request, float] = {}
         self._nothing_promised = Ledger(config.block_size)
         self._unlimited: list[Request] = []
@@ -216,17 +214,12 @@ class Admission:
             self.ledger.guard(arrival.now, due - arrival.now)
         forecast = self._forecast_of(arrival)
 
-        def judged(question: Callable[[Book, Arrival], T]) -> Callable[[float], T]:
-            def at(time: float) -> T:
-                book, ahead = forecast.at(time), forecast.ahead_at(time)
-                later = self._door.arrive(book, request, time, arrival.num_cached_tokens, ahead)
-                return question(book, self._leaving_most(later))
+        def passes(time: float) -> bool:
+            book, ahead = forecast.at(time), forecast.ahead_at(time)
+            later = self._door.arrive(book, request, time, arrival.num_cached_tokens, ahead)
+            return judge.find_step_s(book, self._leaving_most(later)) is not None
 
-            return at
-
-        has_room = judged(lambda book, later: judge.lacks(book, later) is None)
-        passes = judged(lambda book, later: judge.find_step_s(book, later) is not None)
-        time = earliest(forecast, arrival.now + LEAST_WAIT_S, has_room, passes)
+        time = self._retries.earliest(arrival.now, forecast.last_end, passes)
         if time is None:
             time = forecast.end_of_guests(self._config.max_num_seqs, self._config.num_blocks)
         return (time - arrival.now) * (1 + self._jitter())
