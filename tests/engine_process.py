@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -66,6 +67,7 @@ class EngineConnection:
         self.ready: object = None
         self.stats: EngineStats | None = None
         self.outcomes: dict[str, Outcome] = {}
+        self.num_deltas: list[int] = []
         self.losses: list[str] = []
         self.drops: dict[str, int] = {}
         self.send(Hello())
@@ -105,9 +107,17 @@ class EngineConnection:
             self.drops = message.by_channel
         if isinstance(message, Output):
             self.stats = message.stats
+            self.num_deltas.append(len(message.deltas))
             for delta in message.deltas:
                 self._take(delta)
         return message
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is sent meanwhile is there at once when the engine goes on."""
+        os.kill(self.pid, signal.SIGSTOP)
+        yield
+        os.kill(self.pid, signal.SIGCONT)
 
     def wait(self, is_done: Callable[[], bool]) -> None:
         while not is_done():

@@ -59,6 +59,9 @@ logger = logging.getLogger("shardline.engine")
 _LOOK_INTERVAL_S = 0.5
 _SPARE_AFTER_S = 3.0  # what has just begun to serve needs the cores itself
 _GREETING_TAKES_MS = 10_000
+# What front ends say is read in so small parts that the first answers to a burst do not wait for
+# the last ones, nor the workers for all of them.
+_MOST_READ_AT_ONCE = 8
 
 
 class Engine:
@@ -195,7 +198,9 @@ class Engine:
         self._spare_due = time.monotonic() + _SPARE_AFTER_S
 
     def _read_inbox(self) -> None:
-        while (received := self.frontends.receive()) is not None:
+        for _ in range(_MOST_READ_AT_ONCE):
+            if (received := self.frontends.receive()) is None:
+                return
             frontend, message = received
             match message:
                 case Hello():

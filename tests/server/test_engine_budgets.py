@@ -93,6 +93,16 @@ def test_what_does_not_fit_now_is_told_what_is_short_and_passes_later(engine) ->
     assert engine.stats.num_used_kv_blocks == 0
 
 
+def test_nobody_waits_for_his_refusal_until_a_whole_burst_is_judged(engine) -> None:
+    """They come as they are decided, a few at a time, though all of them were there at once."""
+    names = [f"burst-{i}" for i in range(100)]
+    with engine.paused():
+        for name in names:
+            submit(engine, name, NOTHING)
+    engine.wait(lambda: all(engine.outcomes[name].finish_reason for name in names))
+    assert max(engine.num_deltas) < 20
+
+
 def test_a_hard_budget_that_is_lost_ends_its_request_and_frees_its_blocks(unmeasured) -> None:
     submit(unmeasured, "lost", NOTHING, num_output=100)
     outcome, last = result(unmeasured, "lost")
