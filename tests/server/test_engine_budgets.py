@@ -112,6 +112,14 @@ def test_a_hard_budget_that_is_lost_ends_its_request_and_frees_its_blocks(unmeas
     assert counted(unmeasured).num_missed == 1
 
 
+def test_what_no_server_could_keep_is_known_as_soon_as_steps_have_been_seen(unmeasured) -> None:
+    """Before, nothing is known of any budget: it ends when it is lost, as in the test above."""
+    submit(unmeasured, "teacher", LatencyBudget(), num_output=20)
+    assert result(unmeasured, "teacher")[0].finish_reason == "length"
+    submit(unmeasured, "never", NOTHING)
+    assert result(unmeasured, "never")[1].error_code == "BudgetImpossible"
+
+
 def test_a_soft_budget_that_is_lost_is_served_all_the_same(unmeasured) -> None:
     submit(unmeasured, "late", LatencyBudget(ttft_ms=0.001, on_miss=OnMiss.DEGRADE))
     outcome, last = result(unmeasured, "late")
