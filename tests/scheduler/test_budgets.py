@@ -292,6 +292,21 @@ def test_short_answers_keep_their_promises_though_steps_vary(num_output: int):
     assert sum(visit.met for visit in admitted) >= 0.998 * len(admitted)
 
 
+@pytest.mark.parametrize("num_stages", [2, 4])
+def test_a_second_token_may_come_a_whole_round_but_one_step_late(num_stages: int):
+    """So much is taken off the limit of a short answer, and no less would do: prompts that end in
+    one step have their next tokens dealt over all steps of a round.
+    """
+    stage = tuple(price / num_stages for price in ONE_STAGE)
+    lax = LatencyBudget(ttft_ms=60_000, tpot_ms=60_000)
+    m = machine([(*stage[:2], 0.0, 0.0, 0.0)] * num_stages)
+    visits = [Visit(i, 0.0, 8, 2, lax) for i in range(2 * num_stages)]
+    m.run(visits)
+    gaps = [visit.token_times[1] - visit.token_times[0] for visit in visits]
+    assert min(gaps) == pytest.approx(num_stages * stage[0])
+    assert max(gaps) == pytest.approx((2 * num_stages - 1) * stage[0])
+
+
 def test_cached_prompt_tokens_count_for_nothing():
     m = machine()
     prompt = list(range(1000))
