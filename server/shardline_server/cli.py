@@ -35,11 +35,13 @@ named by --config, as `max_model_len: 4096`. The command line wins, then variabl
 _PLAN_HELP = """Say what `serve` would do with MODEL and these settings, without serving.
 
 The split, the memory of each stage, and what steps take, as earlier starts on this host have
-measured it; without any, workers load the model as `serve` would, and it is measured now.
+measured it; without any, workers load the model as `serve` would, and it is measured now. With
+--nodes: where workers and layers would lie; no other node is needed for that.
 
 \b
   shardline plan demo --pp 2
   shardline plan ./my-model --tp 2 --pp 2 --explain
+  shardline plan ./my-model --tp 4 --pp 3 --nodes 2 --node-gpus 8,4 --node-memory 80GiB,24GiB
 """
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -75,13 +77,13 @@ main.add_command(
 )
 
 
-def _plan(explain: bool, **values: Any) -> None:
+def _plan(explain: bool, node_memory: str | None, **values: Any) -> None:
     with _one_line_errors():
         settings = load_settings(given_settings(values))
         _start_logging(settings.log_level)
         from shardline_server.plan.command import print_plan
 
-        print_plan(settings, explain=explain)
+        print_plan(settings, explain=explain, node_memory=node_memory)
 
 
 main.add_command(
@@ -95,6 +97,13 @@ main.add_command(
                 is_flag=True,
                 group="Planning",
                 help="also the coefficients of the cost model, with their units",
+            ),
+            GroupedOption(
+                ["--node-memory"],
+                metavar="SIZE,SIZE,…",
+                group="Planning",
+                help="with --nodes: what is free on each node, the head's first, as 80GiB,24GiB, "
+                "on a GPU or, on CPUs, in all [default: as much as here]",
             ),
         ],
         help=_PLAN_HELP,

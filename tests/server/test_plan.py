@@ -78,7 +78,33 @@ def test_a_server_then_has_the_stages_and_the_memory_that_were_planned(
         assert engine.ready.num_kv_blocks == planned.num_blocks
 
 
-@pytest.mark.parametrize("arguments", [["--nodes", "2", "--rendezvous", ":1"], ["--pp", "99"]])
+def test_the_placement_over_nodes_is_told_without_any_of_them(
+    tiny_model: Path, cache: Path
+) -> None:
+    """Layers go to where there is memory for them, and a node that may run more gets more."""
+    split = ["--nodes", "2", "--pp", "3", "--stage-layers", "1,1,1"]
+    done = plan(tiny_model, cache, *split, "--node-gpus", "1,2", "--node-memory", "4GiB,2GiB")
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^ (\d) +\d+ cores, ([\d.]+) GB free +(\d) +(\d) +(\d) ", done.stdout, re.M)
+    assert rows == [
+        ("0", "4.3", "0", "0", "0"),
+        ("1", "2.1", "1", "1", "1"),
+        ("1", "2.1", "2", "2", "2"),
+    ]
+    tight = plan(tiny_model, cache, *split, "--node-memory", "4GiB,1KiB")
+    assert tight.returncode == 2 and "do not fit --pp 3" in tight.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--nodes", "3"],
+        ["--nodes", "2", "--pp", "2", "--node-memory", "1GiB"],
+        ["--nodes", "2", "--pp", "2", "--node-memory", "1GiB,much"],
+        ["--node-memory", "1GiB"],
+        ["--pp", "99"],
+    ],
+)
 def test_what_cannot_be_planned_is_refused_in_one_line(
     tiny_model: Path, cache: Path, arguments: list[str]
 ) -> None:

@@ -13,7 +13,8 @@ from shardline_server.engine_launch import plan_engine
 from shardline_server.errors import ConfigError
 from shardline_server.gate import Gate
 from shardline_server.plan.memory import StageMemory, estimate_blocks, stage_memory
-from shardline_server.plan.report import print_costs, print_split, print_times
+from shardline_server.plan.nodes import find_nodes_plan, parse_memory
+from shardline_server.plan.report import print_costs, print_nodes, print_split, print_times
 from shardline_server.settings import ServeSettings
 from shardline_server.step_costs import CostCache, StepCosts
 from shardline_server.worker_group import WorkerFailed, WorkerGroup
@@ -37,9 +38,15 @@ class ServePlan:
     model: PipeModel | None
 
 
-def print_plan(settings: ServeSettings, *, explain: bool) -> None:
+def print_plan(settings: ServeSettings, *, explain: bool, node_memory: str | None = None) -> None:
     """Print the plan. Raises ConfigError and ShardError for what the operator can mend."""
-    plan, console = find_plan(settings), Console(width=100, highlight=False)
+    console, memory = Console(width=100, highlight=False), parse_memory(node_memory)
+    if settings.nodes not in (None, 1):
+        print_nodes(console, find_nodes_plan(settings, _find_model(settings), memory))
+        return
+    if memory is not None:
+        raise ConfigError("--node-memory is about several nodes; say how many by --nodes")
+    plan = find_plan(settings)
     print_split(console, plan.config, plan.stages, plan.num_blocks, is_counted=plan.is_counted)
     if plan.model is None:
         console.print("What steps take is not known, and --measure-seconds 0 measures nothing.")
@@ -50,12 +57,10 @@ def print_plan(settings: ServeSettings, *, explain: bool) -> None:
 
 
 def find_plan(settings: ServeSettings) -> ServePlan:
-    """From what is kept of earlier starts, else by starting the workers and measuring."""
-    if settings.nodes not in (None, 1):
-        raise ConfigError("plan looks at this host alone; leave --nodes out")
-    needs_weights = settings.load_format != "dummy"
-    path = resolve_model(settings.model, cache_dir=settings.cache, needs_weights=needs_weights)
-    config = plan_engine(settings, path)
+    """For this host alone: from what is kept of earlier starts, else by starting the workers and
+    measuring.
+    """
+    config = plan_engine(settings, _find_model(settings))
     config = msgspec.structs.replace(config, layout=place_alone(config).layout)
     stages = stage_memory(config)
     model = CostCache(Path(config.cache_dir), config).load()
@@ -68,6 +73,11 @@ def find_plan(settings: ServeSettings) -> ServePlan:
     return ServePlan(
         config=config, stages=stages, num_blocks=num_blocks, is_counted=True, model=model
     )
+
+
+def _find_model(settings: ServeSettings) -> Path:
+    needs_weights = settings.load_format != "dummy"
+    return resolve_model(settings.model, cache_dir=settings.cache, needs_weights=needs_weights)
 
 
 def _measure(config: EngineConfig) -> tuple[int, PipeModel]:

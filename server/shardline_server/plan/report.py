@@ -9,6 +9,7 @@ from shardline_scheduler import PipeModel, StageModel, StepLoad
 from shardline_scheduler.cost_model import RangeModel
 from shardline_server.engine_config import EngineConfig
 from shardline_server.plan.memory import StageMemory
+from shardline_server.plan.nodes import NodesPlan
 
 NUM_DECODES, CONTEXT, NUM_PROMPT_TOKENS = 16, 256, 256
 _UNITS = (
@@ -29,20 +30,50 @@ def print_split(
     is_counted: bool,
 ) -> None:
     """Stages, their layers and bytes, and KV memory."""
+    _print_title(console, config)
+    table = _table("stage", "layers", "weights of a rank", "a KV block")
+    for index, stage in enumerate(stages):
+        table.add_row(str(index), *_stage_cells(config, index, stage))
+    console.print(table)
+    console.print(_kv_line(config, num_blocks, is_counted=is_counted))
+
+
+def print_nodes(console: Console, plan: NodesPlan) -> None:
+    """What each node would run, a row for each of its stages."""
+    layout, num_nodes = plan.config.layout, len(plan.nodes)
+    _print_title(console, plan.config)
+    table = _table("node", "has", "ranks", "stage", "layers", "weights of a rank", "a KV block")
+    for node, (capacity, own) in enumerate(zip(plan.nodes, plan.ranks, strict=True)):
+        for index in dict.fromkeys(layout.place(rank).stage_index for rank in own):
+            ranks = [rank for rank in layout.stage_ranks(index) if rank in own]
+            cells = _stage_cells(plan.config, index, plan.stages[index])
+            table.add_row(str(node), str(capacity), _span(ranks), str(index), *cells)
+    console.print(table)
+    console.print(
+        f"So it is if {num_nodes} nodes come that have this; where --node-gpus or --node-memory\n"
+        "say nothing, they are taken to be like this one. What steps take is measured when they\n"
+        "are there.",
+        soft_wrap=True,
+    )
+
+
+def _print_title(console: Console, config: EngineConfig) -> None:
     layout = config.layout
     console.print(
         f"{config.model_path}: {layout.pp} stage(s) x {layout.tp} shard(s) on {config.device}, "
         f"{config.dtype}",
         soft_wrap=True,
     )
-    table = _table("stage", "layers", "weights of a rank", "a KV block")
-    for index, stage in enumerate(stages):
-        held = layout.layers(index)
-        weights = "unknown" if stage.weight_bytes is None else f"{stage.weight_bytes / 1e6:.1f} MB"
-        layers = f"{held.start} to {held.stop - 1}"
-        table.add_row(str(index), layers, weights, f"{stage.block_bytes / 1e3:.1f} kB")
-    console.print(table)
-    console.print(_kv_line(config, num_blocks, is_counted=is_counted))
+
+
+def _stage_cells(config: EngineConfig, index: int, stage: StageMemory) -> tuple[str, str, str]:
+    weights = "unknown" if stage.weight_bytes is None else f"{stage.weight_bytes / 1e6:.1f} MB"
+    return _span(config.layout.layers(index)), weights, f"{stage.block_bytes / 1e3:.1f} kB"
+
+
+def _span(numbers: Sequence[int]) -> str:
+    first, last = numbers[0], numbers[-1]
+    return f"{first} to {last}" if first != last else str(first)
 
 
 def _kv_line(config: EngineConfig, num_blocks: int | None, *, is_counted: bool) -> str:
