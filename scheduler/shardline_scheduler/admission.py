@@ -197,8 +197,8 @@ class Admission:
         """Why a request is not taken in that does not fit."""
         request = arrival.request
         asked, predicted = request.budget, request.prediction
-        nothing, num_cached_tokens = self._nothing_promised, arrival.num_cached_tokens
-        alone = self._door.arrive(nothing, request, arrival.now, num_cached_tokens, Ahead())
+        nothing = self._nothing_promised
+        alone = self._door.arrive_again(arrival, nothing, arrival.now, Ahead())
         if self._judge.find_step_s(nothing, alone) is None:
             return BudgetImpossible(asked, predicted)
         reason = self._judge.shortage(self.ledger, obstacle)
@@ -209,15 +209,14 @@ class Admission:
 
     def _retry_after_s(self, arrival: Arrival) -> float:
         """When it would be taken in, were it to come again. Its terms are lost in trying."""
-        request, judge = arrival.request, self._judge
         if (due := arrival.newcomer.due) < inf:
             self.ledger.guard(arrival.now, due - arrival.now)
         forecast = self._forecast_of(arrival)
 
         def passes(time: float) -> bool:
             book, ahead = forecast.at(time), forecast.ahead_at(time)
-            later = self._door.arrive(book, request, time, arrival.num_cached_tokens, ahead)
-            return judge.find_step_s(book, self._leaving_most(later)) is not None
+            later = self._leaving_most(self._door.arrive_again(arrival, book, time, ahead))
+            return self._judge.find_step_s(book, later) is not None
 
         time = self._retries.earliest(arrival.now, forecast.last_end, passes)
         if time is None:

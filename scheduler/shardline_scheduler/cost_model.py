@@ -110,7 +110,8 @@ class RangeModel(Struct):
         """Prefill tokens behind `context` that may join `load` in a step of that time, margin
         included; solves e/2·n² + (b + e·context)·n = what is left. Only for a trusted model.
         """
-        _, b, _, _, e = self.coefficients
+        _, b, _, _, e = self.fit.coefficients
+        b, e = max(b / _SCALES[1], LEAST_TOKEN_S), e / _SCALES[4]
         left = seconds / (1 + self.margin) - self.seconds(load)
         slope = b + e * context
         if left <= 0:
@@ -194,7 +195,7 @@ class StageModel(Struct):
 
     def work_seconds(self, load: StepLoad) -> float:
         """Planned time that all of a load adds to steps, whatever their range."""
-        return max(part.added_seconds(load) * (1 + part.margin) for part in self._trusted)
+        return max([part.added_seconds(load) * (1 + part.margin) for part in self._trusted])
 
     def expected_prefill_seconds(self, num_tokens: int, context: int) -> float:
         """The same without margin, in the range that prefers it."""
@@ -209,8 +210,10 @@ class StageModel(Struct):
 
     @property
     def _trusted(self) -> list[RangeModel]:
-        ranges = (self.memory_bound, self.compute_bound)
-        return [part for part in ranges if part.is_trusted]
+        small, large = self.memory_bound, self.compute_bound
+        if small.is_trusted and large.is_trusted:
+            return [small, large]
+        return [part for part in (small, large) if part.is_trusted]
 
     def tokens_within(self, seconds: float, load: StepLoad, context: int) -> int:
         """Prefill tokens behind `context` that may join `load` in a step of planned `seconds`."""
@@ -270,19 +273,19 @@ class PipeModel(Struct):
 
     def step_seconds(self, load: StepLoad) -> float:
         """Planned time of the slowest stage: what each step adds to a busy pipe."""
-        return max(stage.planned_seconds(load) for stage in self.stages)
+        return max([stage.planned_seconds(load) for stage in self.stages])
 
     def most_step_seconds(self, load: StepLoad) -> float:
         """What no part of that load is planned to take longer than."""
-        return max(stage.most_seconds(load) for stage in self.stages)
+        return max([stage.most_seconds(load) for stage in self.stages])
 
     def expected_step_seconds(self, load: StepLoad) -> float:
         """The same without margin."""
-        return max(stage.seconds(load) for stage in self.stages)
+        return max([stage.seconds(load) for stage in self.stages])
 
     def trip_seconds(self, load: StepLoad) -> float:
         """Planned time from plan to result."""
-        return sum(stage.planned_seconds(load) for stage in self.stages) + self.trip_overhead_s
+        return sum([stage.planned_seconds(load) for stage in self.stages]) + self.trip_overhead_s
 
     def expected_trip_seconds(self, load: StepLoad) -> float:
         """The same without margin."""
@@ -290,22 +293,22 @@ class PipeModel(Struct):
 
     def prefill_seconds(self, num_tokens: int, context: int) -> float:
         """Planned time that prefill tokens behind `context` add to the slowest stage."""
-        return max(stage.prefill_seconds(num_tokens, context) for stage in self.stages)
+        return max([stage.prefill_seconds(num_tokens, context) for stage in self.stages])
 
     def work_seconds(self, load: StepLoad) -> float:
         """Planned time that all of a load adds to steps of the slowest stage."""
-        return max(stage.work_seconds(load) for stage in self.stages)
+        return max([stage.work_seconds(load) for stage in self.stages])
 
     def expected_prefill_seconds(self, num_tokens: int, context: int) -> float:
         """The least of what they are expected to add to a step of the slowest stage."""
-        return max(stage.expected_prefill_seconds(num_tokens, context) for stage in self.stages)
+        return max([stage.expected_prefill_seconds(num_tokens, context) for stage in self.stages])
 
     def tokens_within(self, seconds: float, load: StepLoad, context: int) -> int:
         """Prefill tokens that may join `load` until the slowest stage takes `seconds`."""
-        return min(stage.tokens_within(seconds, load, context) for stage in self.stages)
+        return min([stage.tokens_within(seconds, load, context) for stage in self.stages])
 
     def _sum_of_expected(self, load: StepLoad) -> float:
-        return sum(stage.seconds(load) for stage in self.stages)
+        return sum([stage.seconds(load) for stage in self.stages])
 
 
 def scaled_features(load: StepLoad) -> tuple[float, ...]:

@@ -35,16 +35,44 @@ class Door:
             num_uncached = len(request.token_ids) - num_cached_tokens
             terms.prefill_s = self._pricing.model.prefill_seconds(num_uncached, num_cached_tokens)
             first_s, token_s = self._predict(book, request, num_cached_tokens, ahead)
+            request.prediction = _told(first_s, token_s, terms)
+        return self._with_limits(book, request, now, ahead, (first_s, token_s))
+
+    def arrive_again(self, arrival: Arrival, book: Book, now: float, ahead: Ahead) -> Arrival:
+        """The same request, whose terms are lost by it, beside another book or at another time.
+
+        What it would be told is only predicted where its limits hang on that.
+        """
+        request, before = arrival.request, arrival.terms
+        request.terms = Terms(
+            num_planned_tokens=before.num_planned_tokens,
+            num_cached_tokens=before.num_cached_tokens,
+            prefill_s=before.prefill_s,
+        )
+        expected_s = 0.0, 0.0
+        if request.budget.deadline_ms is not None:
+            expected_s = self._predict(book, request, before.num_cached_tokens, ahead)
+        return self._with_limits(book, request, now, ahead, expected_s)
+
+    def _with_limits(
+        self,
+        book: Book,
+        request: Request,
+        now: float,
+        ahead: Ahead,
+        expected_s: tuple[float, float],
+    ) -> Arrival:
+        terms = request.terms
         if not request.budget.is_unlimited:
             terms.rank = Rank.PROMISED
-            _aim(terms, request.budget, now, (first_s, token_s), self._pricing.max_in_flight)
+            _aim(terms, request.budget, now, expected_s, self._pricing.max_in_flight)
             self._allow_for_spread(book, terms)
         return Arrival(
             request=request,
             terms=terms,
             place=self.place(request),
             now=now,
-            num_cached_tokens=num_cached_tokens,
+            num_cached_tokens=terms.num_cached_tokens,
             ahead=ahead,
         )
 
@@ -63,7 +91,7 @@ class Door:
     def _predict(
         self, book: Book, request: Request, num_cached_tokens: int, ahead: Ahead
     ) -> tuple[float, float]:
-        """Seconds to the first token, and of each later one; also told as the prediction."""
+        """Seconds to the first token, and of each later one."""
         pricing, terms = self._pricing, request.terms
         decodes = pricing.share_of(len(book) + 1, book.num_tokens)
         token_s = pricing.token_s(decodes)
@@ -75,18 +103,20 @@ class Door:
         before = book.demand.work_before(self.place(request)) + terms.prefill_s
         queue_s = before / (capacity.work or capacity.step_s) * capacity.step_s
         wait_s = ahead.wait_s(capacity.step_s, pricing.max_in_flight)
-        first_s = wait_s + queue_s + token_s
-        num_later = terms.num_planned_tokens - 1
-        request.prediction = BudgetPrediction(
-            ttft_ms=first_s * 1e3,
-            tpot_ms=token_s * 1e3,
-            e2e_ms=(first_s + num_later * token_s) * 1e3,
-        )
-        return first_s, token_s
+        return wait_s + queue_s + token_s, token_s
 
     def place(self, request: Request) -> Place:
         """In the order in which prompts are computed."""
         return self._policy.key(request), request.sequence
+
+
+def _told(first_s: float, token_s: float, terms: Terms) -> BudgetPrediction:
+    num_later = terms.num_planned_tokens - 1
+    return BudgetPrediction(
+        ttft_ms=first_s * 1e3,
+        tpot_ms=token_s * 1e3,
+        e2e_ms=(first_s + num_later * token_s) * 1e3,
+    )
 
 
 def _aim(
