@@ -225,18 +225,19 @@ class Admission:
 
     def _leaving_most(self, later: Arrival) -> Arrival:
         """With all that may have to stay free beside it by then, for guests and other tenants."""
-        reserve = self._tenants.reserve(later.request.tenant, later.now, later=True)
-        num_helped = self._patience.num_helped_by(later.now, self._unlimited)
-        num_reserved, num_blocks = reserve.num_requests + num_helped, 0
+        helped = self._patience.helped_by(later.now, self._unlimited)
+        guests = [guest.tenant for guest in helped]
+        reserve = self._tenants.reserve_later(later.request.tenant, later.now, guests)
+        num_reserved, num_blocks = reserve.num_requests + len(helped), 0
         if not num_reserved and not reserve.prefill_share:
             return later
-        if num_helped:
+        if helped:
             num_blocks = max(self.ledger.final_blocks(guest) for guest in self._unlimited)
         return replace(
             later,
             num_reserved=num_reserved,
-            reserved_share=reserve.prefill_share + (self._patience.share if num_helped else 0.0),
-            num_reserved_blocks=num_helped * num_blocks,
+            reserved_share=reserve.prefill_share + (self._patience.share if helped else 0.0),
+            num_reserved_blocks=len(helped) * num_blocks,
         )
 
     def _forecast_of(self, arrival: Arrival) -> Forecast:

@@ -42,13 +42,15 @@ class Patience:
             for request in requests
             if request.terms.rank is Rank.UNLIMITED and _impatient_at(request) <= now
         )
-        return min(
-            waiting, key=lambda request: (request.terms.turn, request.sequence), default=None
-        )
+        return min(waiting, key=_order, default=None)
 
-    def num_helped_by(self, time: float, guests: Iterable[Request]) -> int:
-        """How many of these may be promised something then; who is now may be over."""
-        return min(sum(_impatient_at(request) <= time for request in guests), self._most)
+    def helped_by(self, time: float, guests: Iterable[Request]) -> list[Request]:
+        """Those of these, of the first in order, who may be promised something then; who is now
+        may be over.
+        """
+        return sorted((one for one in guests if _impatient_at(one) <= time), key=_order)[
+            : self._most
+        ]
 
     def due(self, prefill_s: float, now: float) -> float:
         """When the next one's work is done, if all such work gets its share of the time."""
@@ -75,3 +77,7 @@ class Patience:
 
 def _impatient_at(request: Request) -> float:
     return max(request.arrival_time, request.last_token_time) + _PATIENCE_S
+
+
+def _order(request: Request) -> tuple[float, int]:
+    return request.terms.turn, request.sequence

@@ -29,8 +29,8 @@ class Retries:
 
         With an exact model, whoever comes at that time is admitted if nobody else has come, with
         one exception: while a request without limits is alive, refusals may be repeated, whatever
-        was short. Such a one may starve and be promised something by then (patience.py), which
-        takes part of its tenant's share and may need more time than is kept for such here.
+        was short. Such a one may starve and be promised something by then (patience.py), and may
+        need more time than is kept for such here.
         """
         longest_s = max(LEAST_WAIT_S, last_end - now)
         num_waits = 1 + _index_of(longest_s)

@@ -10,6 +10,7 @@ others what they lately asked for, up to that equal part.
 """
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import exp
 
@@ -87,24 +88,25 @@ class Tenants:
         """A promised request is over, or not promised any more."""
         self._promised[tenant] -= 1
 
-    def reserve(self, tenant: str, now: float, *, later: bool = False) -> Reserve:
-        """What the tenant must leave to others with one more request of its own; the most that it
-        may be `later`, when any of the promised requests may be over. The first one may have all.
+    def reserve(self, tenant: str, now: float) -> Reserve:
+        """What the tenant must leave to others with one more request of its own. The first one may
+        have all.
         """
-        own = self._promised[tenant] + 1
+        own, total = self._promised[tenant] + 1, self._promised.total() + 1
         others = self._others(tenant, now)
-        num_active = len(others) + 1
-        total = self._promised.total() + 1
-        if not others or own == 1 or (own * num_active <= total and not later):
+        if own == 1 or own * (len(others) + 1) <= total:
             return Reserve()
-        equal = total / num_active
-        num_requests, share = 0.0, 0.0
-        for name, asked in others.items():
-            wanted = _HEADROOM * asked.decode_s / _MEMORY_S + _LEAST_HEADROOM
-            promised = 0 if later else self._promised[name]
-            num_requests += max(0.0, min(wanted, equal) - promised)
-            share += min(_HEADROOM * asked.prefill_s / _MEMORY_S, 1 / num_active)
-        return Reserve(round(num_requests), share)
+        return _kept_for(others, total, self._promised)
+
+    def reserve_later(self, tenant: str, now: float, guests: Sequence[str]) -> Reserve:
+        """The most that it may be at that time, when any of the promised requests may be over, and
+        guests of these tenants may have been promised something.
+        """
+        own = self._promised[tenant] + guests.count(tenant) + 1
+        if own == 1:
+            return Reserve()
+        total = self._promised.total() + len(guests) + 1
+        return _kept_for(self._others(tenant, now), total, {})
 
     def _others(self, tenant: str, now: float) -> dict[str, _Asked]:
         for name in [
@@ -119,3 +121,16 @@ class Tenants:
 
     def _is_gone(self, name: str, asked: _Asked, now: float) -> bool:
         return not self._alive[name] and now - asked.time > 4 * _MEMORY_S
+
+
+def _kept_for(others: dict[str, _Asked], total: int, promised: Mapping[str, int]) -> Reserve:
+    """What they lately asked for, up to an equal part of `total` requests, beside what they are
+    promised.
+    """
+    num_active = len(others) + 1
+    num_requests, share = 0.0, 0.0
+    for name, asked in others.items():
+        wanted = _HEADROOM * asked.decode_s / _MEMORY_S + _LEAST_HEADROOM
+        num_requests += max(0.0, min(wanted, total / num_active) - promised.get(name, 0))
+        share += min(_HEADROOM * asked.prefill_s / _MEMORY_S, 1 / num_active)
+    return Reserve(round(num_requests), share)
