@@ -1,6 +1,7 @@
 """`shardline serve`: starts the engine, opens both doors, and ends everything in order."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -91,8 +92,14 @@ async def _serve(settings: ServeSettings, model_path: Path, supervisor: Supervis
 
 
 async def _announce(frontend: Frontend, addresses: Addresses, settings: ServeSettings) -> None:
-    """Print how to reach us. Raises EngineUnavailable if the engine ends before it is ready."""
+    """Print how to reach us. Raises EngineUnavailable if the engine ends before it is ready.
+
+    What is there by now stays: to look through all of it for garbage takes 200 ms, and no request
+    is to wait for that.
+    """
     await frontend.wait_ready()
+    gc.collect()
+    gc.freeze()
     print(_banner(addresses, settings), flush=True)
 
 
