@@ -146,6 +146,7 @@ def print_arrivals() -> None:
         "due last": lambda i: LatencyBudget(ttft_ms=400_000),
         "due in the middle": lambda i: LatencyBudget(ttft_ms=100_000 + 10 * i),
         "too tight for the queue": lambda i: LatencyBudget(ttft_ms=400),
+        "refused for now": lambda i: LatencyBudget(ttft_ms=400_000, tpot_ms=25),
         "impossible": lambda i: LatencyBudget(ttft_ms=1),
     }
     for name, budget in kinds.items():
