@@ -1,8 +1,8 @@
 """A server under load whose parts are killed and stopped at random: `make chaos`.
 
-As root it has two hosts, and the wire between them is cut and slowed as well. Every offered request
-must have exactly one outcome, every completed one must say what it says alone, and in the end
-nothing may be left: no block, no request, no process, no descriptor, no memory.
+As root it has two hosts, and the wire between them is cut, pulled, slowed and loses packets. Every
+offered request must have exactly one outcome, every completed one must say what it says alone, and
+in the end nothing may be left: no block, no request, no process, no descriptor, no memory.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pathlib import Path
 import httpx
 import psutil
 from tests.server.conftest import build_tokenizer
-from tests.server.namespaces import DOOR_ADDRESS, HEAD_ADDRESS, Hosts, two_hosts
+from tests.server.namespaces import DOOR_ADDRESS, HEAD_ADDRESS, LOSSY, SLOW, Hosts, Wire, two_hosts
 from tests.tiny import save_tiny
 
 from shardline_client import AsyncClient, ClientError, Retry
@@ -37,7 +37,7 @@ NUM_SEEDS = 3
 OPTIONS = {"max_tokens": 60, "ignore_eos": True}
 MAX_DEATHS_A_MINUTE = 2  # of one worker; a third ends the server, as it should
 MINUTE_S = 75.0  # the server counts from when it holds one dead, which takes a while for a hang
-LONGEST_CUT_S = 0.8  # resent packets then come before a node counts as gone after 3 s
+LONGEST_CUT_S = 2.0  # a node counts as gone after 4 s, and is heard again up to 1.1 s after a cut
 MAX_GROWTH = 0.1  # of memory; heaps keep what bursts have needed once
 WORKER = "shardline: worker"
 RENDEZVOUS_PORT = 29800
@@ -226,7 +226,7 @@ class Chaos:
     async def _trouble(self, end: float) -> None:
         kinds = [self._kill, self._kill, self._stop, self._burst, self._hang_up]
         if self.server.hosts is not None:
-            kinds += [self._cut, self._slow, self._kill_node]
+            kinds += [self._cut, self._slow, self._lose, self._kill_node]
         while time.monotonic() < end:
             await asyncio.sleep(self.random.uniform(1, 6))
             kind = self.random.choice(kinds)
@@ -260,16 +260,25 @@ class Chaos:
             self.troubles["nodes' workers killed"] += 1
 
     async def _cut(self) -> None:
+        """A wire that swallows everything, or that is pulled, so that both kernels know."""
         assert self.server.hosts is not None
-        with self.server.hosts.cut():
+        name = self.random.choice(("cut", "pulled"))
+        with self.server.hosts.cut() if name == "cut" else self.server.hosts.unplug():
             await asyncio.sleep(self.random.uniform(0.1, LONGEST_CUT_S))
-        self.troubles["cuts"] += 1
+        self.troubles[f"wire {name}"] += 1
 
     async def _slow(self) -> None:
-        assert self.server.hosts is not None
-        with self.server.hosts.slow():
-            await asyncio.sleep(self.random.uniform(2, 6))
+        await self._have_faulty_wire(SLOW)
         self.troubles["slow times"] += 1
+
+    async def _lose(self) -> None:
+        await self._have_faulty_wire(LOSSY)
+        self.troubles["lossy times"] += 1
+
+    async def _have_faulty_wire(self, wire: Wire) -> None:
+        assert self.server.hosts is not None
+        with self.server.hosts.faulty(wire):
+            await asyncio.sleep(self.random.uniform(2, 6))
 
     def _victim(self) -> psutil.Process | None:
         workers = {n: w for n, w in self.server.workers().items() if self._may_die(n)}
@@ -329,6 +338,8 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         hosts = stack.enter_context(two_hosts()) if arguments.hosts == 2 else None
+        if hosts is not None and not hosts.has_netem():
+            print("This kernel has no netem: a relay delays and loses packets instead.")
         model = save_tiny("llama", Path(folder), vocab_size=400)
         build_tokenizer().save_pretrained(model)
         chaos = asyncio.run(run(model, arguments.seconds, arguments.seed, hosts))

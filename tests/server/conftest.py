@@ -130,10 +130,9 @@ def tiny_model(tmp_path_factory):
 
 @contextmanager
 def running_engine_process(model, **settings):
-    """The real engine with two stages, in fp32."""
-    made = ServeSettings(
-        model=str(model), dtype="float32", pp=2, num_kv_blocks=256, threads_per_worker=1, **settings
-    )
+    """The real engine, in fp32; with two stages unless another number is asked for."""
+    usual = {"dtype": "float32", "pp": 2, "num_kv_blocks": 256, "threads_per_worker": 1}
+    made = ServeSettings(model=str(model), **usual | settings)
     engine = EngineProcess(plan_engine(made, model))
     try:
         yield engine

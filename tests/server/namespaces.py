@@ -5,16 +5,30 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from tests.server import slow_wire
+from tests.server import faulty_wire
 
 HEAD_ADDRESS = "10.77.0.1"
 NODE_ADDRESS = "10.77.0.2"
 # The head's second address, which the tests' own namespace reaches; runs beside each other differ.
 _DOOR_NET = f"10.78.{os.getpid() % 256}"
 DOOR_ADDRESS = f"{_DOOR_NET}.2"
+_CUT_RULE, _LOCAL_RULE = "1", "2"  # priorities: what a cut swallows is not looked at any more
+
+
+@dataclass(frozen=True)
+class Wire:
+    """What is wrong with a wire, each way."""
+
+    delay_ms: float = 0.0
+    rate_mbit: float = 1000.0
+    loss_percent: float = 0.0
+
+
+SLOW = Wire(delay_ms=5, rate_mbit=100)
+LOSSY = Wire(loss_percent=5)
 
 
 def ip(*arguments: str) -> None:
@@ -47,7 +61,21 @@ class Hosts:
 
     @contextmanager
     def cut(self) -> Iterator[None]:
-        """Take the wire away for a while: packets vanish, nobody is told."""
+        """Cut the wire for a while: packets vanish on their way, and nobody is told."""
+        self._swallow("add")
+        try:
+            yield
+        finally:
+            self._swallow("del")
+
+    def _swallow(self, change: str) -> None:
+        for namespace, device in ((self.head, "wire0"), (self.node, "wire1")):
+            rule = ("iif", device, "blackhole", "priority", _CUT_RULE)
+            ip("-n", namespace, "rule", change, *rule)
+
+    @contextmanager
+    def unplug(self) -> Iterator[None]:
+        """Pull the wire for a while: both kernels see that there is none."""
         ip("-n", self.head, "link", "set", "wire0", "down")
         try:
             yield
@@ -69,30 +97,37 @@ class Hosts:
         return {(own, peer) for own, peer in pairs if "10.77.0." in own}
 
     @contextmanager
-    def slow(self) -> Iterator[None]:
-        """For a while 5 ms and 100 Mbit/s each way, by netem where the kernel has it."""
-        devices = ((self.head, "wire0"), (self.node, "wire1"))
-        shapes = [self._shape(*device, "delay", "5ms", "rate", "100mbit") for device in devices]
-        if any(shapes):
-            with self._relayed():
-                yield
-            return
-        try:
+    def faulty(self, wire: Wire) -> Iterator[None]:
+        """Such a wire for a while, by netem where the kernel has it, else by a relay."""
+        with self._shaped(wire) if self.has_netem() else self._relayed(wire):
             yield
-        finally:
-            for namespace, device in devices:
-                subprocess.run(["tc", "-n", namespace, "qdisc", "del", "dev", device, "root"])
 
-    @staticmethod
-    def _shape(namespace: str, device: str, *netem: str) -> int:
-        command = ["tc", "-n", namespace, "qdisc", "add", "dev", device, "root", "netem", *netem]
-        return subprocess.run(command, stderr=subprocess.DEVNULL).returncode
+    def has_netem(self) -> bool:
+        """Whether the kernel can delay and lose packets by itself."""
+        tc = ["tc", "-n", self.head, "qdisc"]
+        added = subprocess.run([*tc, "add", "dev", "lo", "root", "netem"], capture_output=True)
+        if added.returncode == 0:
+            subprocess.run([*tc, "del", "dev", "lo", "root"], check=True)
+        return added.returncode == 0
 
     @contextmanager
-    def _relayed(self) -> Iterator[None]:
+    def _shaped(self, wire: Wire) -> Iterator[None]:
+        netem = ["delay", f"{wire.delay_ms}ms", "rate", f"{wire.rate_mbit}mbit"]
+        netem += ["loss", f"{wire.loss_percent}%"]
+        with ExitStack() as stack:
+            for namespace, device in ((self.head, "wire0"), (self.node, "wire1")):
+                tc = ["tc", "-n", namespace, "qdisc"]
+                where = ["dev", device, "root"]
+                subprocess.run([*tc, "add", *where, "netem", *netem], check=True)
+                stack.callback(subprocess.run, [*tc, "del", *where], check=True)
+            yield
+
+    @contextmanager
+    def _relayed(self, wire: Wire) -> Iterator[None]:
         """Routes between the hosts lead over the devices of a relay, and vanish with it."""
-        ends = ((self.head, "slow0", NODE_ADDRESS), (self.node, "slow1", HEAD_ADDRESS))
-        command = [sys.executable, slow_wire.__file__, *ends[0][:2], *ends[1][:2]]
+        ends = ((self.head, "faulty0", NODE_ADDRESS), (self.node, "faulty1", HEAD_ADDRESS))
+        faults = [str(wire.delay_ms), str(wire.rate_mbit), str(wire.loss_percent)]
+        command = [sys.executable, faulty_wire.__file__, *ends[0][:2], *ends[1][:2], *faults]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as relay:
             try:
                 assert relay.stdout is not None
@@ -114,6 +149,8 @@ def two_hosts() -> Iterator[Hosts]:
         for namespace in (hosts.head, hosts.node):
             ip("netns", "add", namespace)
             ip("-n", namespace, "link", "set", "lo", "up")
+            ip("-n", namespace, "rule", "add", "lookup", "local", "priority", _LOCAL_RULE)
+            ip("-n", namespace, "rule", "del", "priority", "0")
         ip("-n", hosts.head, "link", "add", "wire0", "type", "veth", "peer", "name", "wire1")
         ip("-n", hosts.head, "link", "set", "wire1", "netns", hosts.node)
         for namespace, device, address in (

@@ -4,10 +4,9 @@ import asyncio
 import contextlib
 import re
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -15,21 +14,31 @@ import psutil
 import pytest
 from tests.server.chaos import run as run_chaos
 from tests.server.namespaces import Hosts
+from tests.server.streams import NUM_STREAMS, Said, num_running, read_streams
 from tests.server.two_nodes import launched
 
-from shardline_client import Client
+SPLITS = {
+    "1x3": ("--pp", "3", "--node-gpus", "1,2"),  # one stage on the head, two on the other node
+    "2x2": ("--tp", "2", "--pp", "2"),
+}
 
-NUM_STREAMS = 16
-OPTIONS = {"max_tokens": 200, "ignore_eos": True}
-Launch = tuple[subprocess.Popen[str], str]
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that goes on during several tests, and what its streams say if left alone."""
+
+    node: subprocess.Popen[str]
+    doors: tuple[str, str]
+    undisturbed: list[Said]
 
 
-@pytest.fixture(scope="module")
-def launch(hosts: Hosts, tiny_model: Path) -> Iterator[Launch]:
-    """One stage on the head, two on the other node."""
-    options = ("--pp", "3", "--node-gpus", "1,2")
-    with launched(hosts, tiny_model, *options, port=29700) as (_, node, url):
-        yield node, url
+@pytest.fixture(scope="module", params=SPLITS)
+def launch(request: pytest.FixtureRequest, hosts: Hosts, tiny_model: Path) -> Iterator[Launch]:
+    with launched(hosts, tiny_model, *SPLITS[request.param], port=29700) as (head, node, http):
+        doors = (http, f"grpc://{head.stdout.readline().split()[-1]}")
+        undisturbed = read_streams(doors[::-1], lambda: None)
+        assert {said.finish_reason for said in undisturbed} == {"length", "stop"}
+        yield Launch(node, doors, undisturbed)
 
 
 def workers_of(node: subprocess.Popen[str]) -> dict[str, psutil.Process]:
@@ -43,60 +52,55 @@ def workers_of(node: subprocess.Popen[str]) -> dict[str, psutil.Process]:
     return found
 
 
-def read_streams(url: str, disturb: Callable[[], None]) -> list[str]:
-    """What all streams say; `disturb` is called once each has begun."""
-    begun = threading.Barrier(NUM_STREAMS + 1, timeout=60)
+def read_disturbed(launch: Launch, disturb: Callable[[], None]) -> list[Said]:
+    """Each stream over the other door than what it is compared with."""
 
-    def read(client: Client, seed: int) -> str:
-        with client.stream_complete("The", seed=seed, **OPTIONS) as stream:
-            next(pieces := iter(stream))
-            begun.wait()
-            for _ in pieces:
-                pass
-            assert stream.completion.finish_reason == "length"
-            return stream.completion.text
-
-    with Client(url, timeout_s=120) as client, ThreadPoolExecutor(NUM_STREAMS) as threads:
-        streams = [threads.submit(read, client, seed) for seed in range(NUM_STREAMS)]
-        begun.wait()
+    def disturb_all() -> None:
+        assert num_running(launch.doors[0]) == NUM_STREAMS
         disturb()
-        return [stream.result() for stream in streams]
+
+    return read_streams(launch.doors, disturb_all)
 
 
-@pytest.mark.parametrize("stages", [(1,), (1, 2)], ids=["one", "all"])
-def test_streams_outlive_workers_of_another_node(launch: Launch, stages: tuple[int, ...]) -> None:
-    node, url = launch
-    undisturbed = read_streams(url, lambda: None)
+def last_loss(launch: Launch) -> str:
+    return httpx.get(f"{launch.doors[0]}/health", timeout=30).json()["last_loss"]
 
-    def disturb() -> None:
-        for name, worker in workers_of(node).items():
-            if any(f"stage={stage} " in name for stage in stages):
-                worker.kill()
 
-    before = workers_of(node)
-    assert read_streams(url, disturb) == undisturbed
-    after = workers_of(node)
-    assert {n for n in before if before[n] != after.get(n) and "stage" in n} == {
-        f"shardline: worker stage={stage} tp=0" for stage in stages
-    }
-    last_loss = httpx.get(f"{url}/health", timeout=30).json()["last_loss"]
-    how = r"the worker of stage [12], tp rank 0 on node 1 \(.*\) was killed by signal 9, at step"
-    assert re.search(how, last_loss.replace("idle after step", "at step"))
+@pytest.mark.parametrize("victims", [slice(1), slice(None)], ids=["one", "all"])
+def test_streams_outlive_workers_of_another_node(launch: Launch, victims: slice) -> None:
+    before = workers_of(launch.node)
+    names = [name for name in sorted(before) if "stage" in name]
+
+    def kill() -> None:
+        for name in names[victims]:
+            before[name].kill()
+
+    assert read_disturbed(launch, kill) == launch.undisturbed
+    after = workers_of(launch.node)
+    assert [name for name in names if after[name] != before[name]] == names[victims]
+    how = r"the worker of stage [12], tp rank [01] on node 1 \(.*\) was killed by signal 9, at step"
+    assert re.search(how, last_loss(launch).replace("idle after step", "at step"))
 
 
 def test_a_stopped_worker_of_another_node_is_held_dead_and_replaced(launch: Launch) -> None:
-    node, url = launch
-    undisturbed = read_streams(url, lambda: None)
-    stopped = workers_of(node)[last := "shardline: worker stage=2 tp=0"]
-    assert read_streams(url, stopped.suspend) == undisturbed
-    assert workers_of(node)[last] != stopped
-    reason = "held dead: stage 2, tp rank 0"
-    assert reason in httpx.get(f"{url}/health", timeout=30).json()["last_loss"]
+    workers = workers_of(launch.node)
+    stopped = workers[last := max(workers)]
+    assert read_disturbed(launch, stopped.suspend) == launch.undisturbed
+    assert workers_of(launch.node)[last] != stopped
+    stage, tp = re.findall(r"=(\d)", last)
+    assert f"held dead: stage {stage}, tp rank {tp}" in last_loss(launch)
+
+
+def test_streams_outlive_a_cut_wire(hosts: Hosts, launch: Launch) -> None:
+    def cut() -> None:
+        with hosts.cut():
+            time.sleep(2)
+
+    assert read_disturbed(launch, cut) == launch.undisturbed
 
 
 def test_the_other_node_has_a_spare_process_too(launch: Launch) -> None:
-    node, _ = launch
-    while "shardline: worker" not in workers_of(node):
+    while "shardline: worker" not in workers_of(launch.node):
         time.sleep(0.1)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tests.server.namespaces import DOOR_ADDRESS, HEAD_ADDRESS, NODE_ADDRESS, Hosts
+from tests.server.namespaces import DOOR_ADDRESS, HEAD_ADDRESS, NODE_ADDRESS, SLOW, Hosts
 from tests.server.two_nodes import (
     PROMPTS,
     RENDEZVOUS,
@@ -37,7 +37,7 @@ def test_two_nodes_say_what_one_process_says_and_leave_together(
 def test_a_slow_wire_changes_no_token(
     hosts: Hosts, tiny_model: Path, tokens_of_one_process: list[list[int]]
 ) -> None:
-    with hosts.slow(), launched(hosts, tiny_model, "--pp", "2") as (head, _, url):
+    with hosts.faulty(SLOW), launched(hosts, tiny_model, "--pp", "2") as (head, _, url):
         assert generate(url) == tokens_of_one_process
         assert head.stderr is not None
         joined = next(line for line in head.stderr if "node 1" in line)

@@ -3,10 +3,9 @@
 import asyncio
 import contextlib
 import random
-import threading
+import re
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -17,9 +16,9 @@ from tests.engine_process import EngineConnection, running_engine
 from tests.server.chaos import run as run_chaos
 from tests.server.conftest import running_engine_process
 from tests.server.running import running_frontend
+from tests.server.streams import NUM_STREAMS, num_running, read_streams
 from tests.tiny import VOCAB_SIZE, save_tiny
 
-from shardline_client import Client
 from shardline_scheduler.plan import SamplingParams
 from shardline_shards.layout import ParallelLayout, Place
 
@@ -30,7 +29,6 @@ LAYOUTS = {
     "1x3": ParallelLayout(tp=1, stage_layers=(1, 1, 1)),
 }
 AHEAD = {"1x1-ahead": ParallelLayout(tp=1, stage_layers=(3,)), "2x1-ahead": LAYOUTS["2x1"]}
-NUM_STREAMS = 32
 Requests = dict[str, tuple[list[int], SamplingParams]]
 
 
@@ -148,37 +146,29 @@ def test_workers_may_die_and_stop_while_others_are_brought_back(
         assert not successor.is_running()
 
 
-def test_streams_through_both_doors_outlive_a_worker(tiny_model: Path) -> None:
-    options = {"max_tokens": 100, "ignore_eos": True}
+def test_streams_through_both_doors_outlive_a_worker_of_any_stage(tiny_model: Path) -> None:
+    """Shards of a stage die under streams of both doors in `test_node_recovery`."""
     with (
-        running_engine_process(tiny_model) as engine,
+        running_engine_process(tiny_model, pp=3, num_kv_blocks=1024) as engine,
         running_frontend(engine.read_endpoint(), tiny_model) as running,
-        Client(running.addresses.http_url) as http,
-        Client(f"grpc://{running.addresses.grpc_target}") as grpc,
         httpx.Client(base_url=running.addresses.http_url, timeout=60) as probe,
-        ThreadPoolExecutor(32) as threads,
     ):
-        undisturbed = [http.complete("The", seed=i, **options).text for i in range(16)]
-        begun = threading.Barrier(33, timeout=60)  # breaks for all when one fails
+        doors = (running.addresses.http_url, f"grpc://{running.addresses.grpc_target}")
+        undisturbed = read_streams(doors[::-1], lambda: None)
+        assert {said.finish_reason for said in undisturbed} == {"length", "stop"}
+        for num_killed, (name, worker) in enumerate(sorted(workers(engine).items()), start=1):
 
-        def read(client: Client, seed: int) -> str:
-            with client.stream_complete("The", seed=seed, **options) as stream:
-                next(pieces := iter(stream))
-                begun.wait()
-                for _ in pieces:
-                    pass
-                assert stream.completion.finish_reason == "length"
-                assert stream.completion.usage.completion_tokens == 100
-                return stream.completion.text
+            def kill(worker: psutil.Process = worker) -> None:
+                assert num_running(doors[0]) == NUM_STREAMS
+                worker.kill()
 
-        streams = [threads.submit(read, client, i) for client in (http, grpc) for i in range(16)]
-        begun.wait()
-        find_worker(engine, Place(1, 0)).kill()
-        assert [stream.result() for stream in streams] == undisturbed * 2
-        assert probe.get("/ready").status_code == 200
-        reason = "stage 1, tp rank 0 was killed by signal 9"
-        assert reason in probe.get("/health").json()["last_loss"]
-        assert 'recoveries_total{model_name="tiny"} 1.0' in probe.get("/metrics").text
+            assert read_streams(doors, kill) == undisturbed
+            assert probe.get("/ready").status_code == 200
+            stage, _ = re.findall(r"=(\d)", name)
+            reason = f"stage {stage}, tp rank 0 was killed by signal 9"
+            assert reason in probe.get("/health").json()["last_loss"]
+            metrics = probe.get("/metrics").text
+            assert f'recoveries_total{{model_name="tiny"}} {num_killed}.0' in metrics
 
 
 def test_a_stopped_worker_is_held_dead_and_replaced(

@@ -1,13 +1,16 @@
-"""A wire that delays, for kernels without netem: two TUN devices in two network namespaces.
+"""A wire that delays and loses, for kernels without netem: two TUN devices in two network
+namespaces.
 
-Run as `python slow_wire.py NAMESPACE DEVICE NAMESPACE DEVICE`. What the kernel sends into one
-device comes out of the other after the time that it takes at RATE_BITS_PER_S, and DELAY_S. Says
-`ready` when both devices are there; they vanish with the process.
+Run as `python faulty_wire.py NAMESPACE DEVICE NAMESPACE DEVICE DELAY_MS RATE_MBIT LOSS_PERCENT`.
+What the kernel sends into one device comes out of the other after the time that it takes at the
+rate, and the delay, or is lost. Says `ready` when both devices are there; they vanish with the
+process.
 """
 
 import ctypes
 import fcntl
 import os
+import random
 import select
 import struct
 import sys
@@ -15,8 +18,6 @@ import time
 from collections import deque
 from contextlib import suppress
 
-DELAY_S = 0.005
-RATE_BITS_PER_S = 100e6
 LONGEST_QUEUE = 1000  # packets, as a device would hold
 LONGEST_PACKET = 65536
 
@@ -38,19 +39,23 @@ def open_device(namespace: str, name: str) -> int:
 class Direction:
     """Packets on their way from one device to the other."""
 
-    def __init__(self, source: int, target: int) -> None:
+    def __init__(self, source: int, target: int, faults: tuple[float, float, float]) -> None:
         self.source = source
         self._target = target
+        delay_ms, rate_mbit, loss_percent = faults
+        self._delay_s = delay_ms / 1e3
+        self._bits_per_s = rate_mbit * 1e6
+        self._loss = loss_percent / 100
         self._under_way: deque[tuple[float, bytes]] = deque()
         self._free_at = 0.0
 
     def take(self) -> None:
-        """One packet from the source, unless too many wait already."""
+        """One packet from the source, unless it is lost or too many wait already."""
         packet = os.read(self.source, LONGEST_PACKET)
-        if len(self._under_way) < LONGEST_QUEUE:
+        if len(self._under_way) < LONGEST_QUEUE and random.random() >= self._loss:
             start = max(time.monotonic(), self._free_at)
-            self._free_at = start + len(packet) * 8 / RATE_BITS_PER_S
-            self._under_way.append((self._free_at + DELAY_S, packet))
+            self._free_at = start + len(packet) * 8 / self._bits_per_s
+            self._under_way.append((self._free_at + self._delay_s, packet))
 
     def give(self) -> float:
         """Deliver what is due; returns the seconds until more is."""
@@ -65,7 +70,9 @@ class Direction:
 
 def main() -> None:
     first, second = open_device(*sys.argv[1:3]), open_device(*sys.argv[3:5])
-    directions = [Direction(first, second), Direction(second, first)]
+    delay_ms, rate_mbit, loss_percent = map(float, sys.argv[5:])
+    faults = (delay_ms, rate_mbit, loss_percent)
+    directions = [Direction(first, second, faults), Direction(second, first, faults)]
     print("ready", flush=True)
     while True:
         wait_s = min(direction.give() for direction in directions)
