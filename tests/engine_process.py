@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -186,17 +187,26 @@ def running_engine(
 @contextmanager
 def running_engine_of(config: EngineConfig) -> Iterator[EngineConnection]:
     """The same, of a whole configuration."""
+    with started_engine(config) as (process, endpoint):
+        connection = EngineConnection(endpoint, process.pid)
+        try:
+            connection.ready = connection.receive()
+            assert isinstance(connection.ready, EngineReady)
+            yield connection
+            process.send_signal(LEAVE)
+            assert process.wait(timeout=10) == 0
+        finally:
+            connection.close()
+
+
+@contextmanager
+def started_engine(config: EngineConfig) -> Iterator[tuple[subprocess.Popen[bytes], Endpoint]]:
+    """An engine process and where it listens; afterwards it is ended, however it is by then."""
     process = start_child_process("shardline_server.engine", config)
-    assert process.stdout is not None
-    address = msgspec.json.decode(process.stdout.readline(), type=EngineAddress).address
-    connection = EngineConnection(Endpoint(address=address, keys=config.keys.client), process.pid)
     try:
-        connection.ready = connection.receive()
-        assert isinstance(connection.ready, EngineReady)
-        yield connection
-        process.send_signal(LEAVE)
-        assert process.wait(timeout=10) == 0
+        assert process.stdout is not None
+        address = msgspec.json.decode(process.stdout.readline(), type=EngineAddress).address
+        yield process, Endpoint(address=address, keys=config.keys.client)
     finally:
         process.kill()
         stop_child_processes([process])
-        connection.close()

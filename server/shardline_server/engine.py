@@ -58,7 +58,6 @@ logger = logging.getLogger("shardline.engine")
 
 _LOOK_INTERVAL_S = 0.5
 _SPARE_AFTER_S = 3.0  # what has just begun to serve needs the cores itself
-_GREETING_TAKES_MS = 10_000
 # What front ends say is read in so small parts that the first answers to a burst do not wait for
 # the last ones, nor the workers for all of them.
 _MOST_READ_AT_ONCE = 8
@@ -142,9 +141,14 @@ class Engine:
         return ceil(1000 * max(0.0, min(_LOOK_INTERVAL_S, until_expiry_s)))
 
     def fail(self, reason: str) -> None:
-        """Tell every front end, also those whose greeting has not been read or has yet to come."""
-        if not self.frontends.frontends:
-            self.frontends.socket.poll(_GREETING_TAKES_MS)
+        """Tell every front end, also those whose greeting has not been read or has yet to come.
+
+        The first is waited for: it is our parent, which still reads its tokenizer, and ends us if
+        it gives up.
+        """
+        while not self.frontends.frontends:
+            self.frontends.socket.poll()
+            self.frontends.receive()
         while self.frontends.receive() is not None:
             pass
         self.frontends.send_all(EngineFailed(reason))

@@ -1,11 +1,18 @@
 """The engine with real workers in every layout says what one model alone would say."""
 
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.engine_process import EngineConnection, running_engine
+from tests.engine_process import (
+    EngineConnection,
+    EngineDied,
+    engine_config,
+    running_engine,
+    started_engine,
+)
 from tests.oracle import generate_greedily, load_oracle
 from tests.tiny import VOCAB_SIZE, save_tiny
 
@@ -188,3 +195,19 @@ def test_planning_ahead_says_the_same_token_by_token(model: Path, layout: str) -
             assert [entry.logprob for entry in ours] == pytest.approx(
                 [entry.logprob for entry in theirs], abs=1e-4
             )
+
+
+def test_a_front_end_that_greets_after_a_failure_is_told_why(
+    model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = engine_config(model, LAYOUTS["1x1"], num_kv_blocks=10**9)
+    with started_engine(config) as (process, endpoint):
+        logged = ""
+        while "less by --num-kv-blocks" not in logged:
+            logged += capfd.readouterr().err
+            time.sleep(0.05)
+        connection = EngineConnection(endpoint, process.pid)
+        with pytest.raises(EngineDied, match="less by --num-kv-blocks"):
+            connection.receive()
+        connection.close()
+        assert process.wait(timeout=60) == 2
