@@ -4,12 +4,15 @@
 
 Options that it does not know go to the server. Starts `shardline serve` for each, sends waves of
 streams that start together (256 random tokens in, 128 greedy ones out) to one after the other, and
-reads from `/load` what became of the stages' time in between. One stage is served with 1 step in
-flight and with 2, the second planned ahead.
+reads from `/load` what became of the stages' time in between. With `--steady SECONDS` there are
+always so many streams instead, with 256 ± 50 % tokens in and 64 ± 50 % out, and a fifth of the time
+at both ends does not count. One stage is served with 1 step in flight and with 2, the second
+planned ahead.
 """
 
 import argparse
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,37 +20,72 @@ import httpx
 from client import bench
 from serving import serving
 
+STARTING_S = 1.0  # that the load takes to begin
 PARTS = ("compute", "communication", "starved", "scheduler", "idle")
 
 
-def pipe_seconds(url: str) -> list[dict[str, float]]:
-    """Totals of each stage, once the last step has been told of."""
+def pipe_seconds(url: str) -> list[dict[str, float]] | None:
+    """Totals of each stage; None before the first step."""
+    pipe = httpx.get(f"{url}/load").json()["pipe"]
+    return pipe and [stage["seconds"] for stage in pipe["stages"]]
+
+
+def settled_pipe_seconds(url: str) -> list[dict[str, float]]:
+    """The same, once the last step has been told of."""
     before: Any = None
     while True:
-        pipe = httpx.get(f"{url}/load").json()["pipe"]
-        now = pipe and [stage["seconds"]["compute"] for stage in pipe["stages"]]
-        if now is not None and now == before:
-            return [stage["seconds"] for stage in pipe["stages"]]
+        seconds = pipe_seconds(url)
+        now = seconds and [stage["compute"] for stage in seconds]
+        if seconds is not None and now == before:
+            return seconds
         before = now
         time.sleep(0.6)
 
 
-def run_wave(url: str, num_streams: int) -> dict[str, Any]:
-    """Streams that start together: 256 random tokens in, 128 greedy ones out; the summary."""
+Measured = tuple[dict[str, Any], list[dict[str, float]]]
+
+
+def run_wave(url: str, num_streams: int) -> Measured:
+    """Streams that start together, with 256 tokens in and 128 out; the summary, and the seconds of
+    each stage meanwhile.
+    """
+    before = settled_pipe_seconds(url)
     count = ("--concurrency", str(num_streams), "--num-requests", str(num_streams))
     (point,) = bench(url, [*count, "--prompt-tokens", "256", "--output-tokens", "128"])["points"]
-    summary: dict[str, Any] = point["summary"]
-    return summary
+    return point["summary"], _between(before, settled_pipe_seconds(url))
 
 
-def measure(url: str, num_streams: int) -> str:
-    """A wave, with the shares of the time in which there was work."""
-    before = pipe_seconds(url)
-    summary = run_wave(url, num_streams)
-    after = pipe_seconds(url)
+def run_steadily(url: str, num_streams: int, seconds: float) -> Measured:
+    """The same of so many streams at any time."""
+    end_s = seconds / 5
+    options = ["--concurrency", str(num_streams), "--duration", str(seconds)]
+    options += ["--warm-up", str(end_s), "--cool-down", str(end_s)]
+    options += ["--prompt-tokens", "128:384", "--output-tokens", "32:96"]
+    with ThreadPoolExecutor(1) as background:
+        load = background.submit(bench, url, options)
+        time.sleep(end_s + STARTING_S)
+        before = pipe_seconds(url)
+        time.sleep(seconds - 2 * end_s)
+        after = pipe_seconds(url)
+        (point,) = load.result()["points"]
+    assert before is not None and after is not None, "the load has not begun"
+    return point["summary"], _between(before, after)
+
+
+def _between(
+    before: list[dict[str, float]], after: list[dict[str, float]]
+) -> list[dict[str, float]]:
+    return [
+        {part: new[part] - old[part] for part in PARTS}
+        for old, new in zip(before, after, strict=True)
+    ]
+
+
+def row(num_streams: int, measured: Measured) -> str:
+    """With the shares of the time in which there was work."""
+    summary, stages = measured
     shares = []
-    for old, new in zip(before, after, strict=True):
-        spent = {part: new[part] - old[part] for part in PARTS}
+    for spent in stages:
         busy = sum(spent.values()) - spent["idle"]
         shares.append(" / ".join(f"{spent[part] / busy:.1%}" for part in PARTS[:-1]))
     latencies = " | ".join(f"{summary[kind]['mean']:.1f}" for kind in ("tpot_ms", "ttft_ms"))
@@ -69,6 +107,7 @@ def main() -> None:
     parser.add_argument("--in-flight", nargs="+", type=int, default=[2, 3])
     parser.add_argument("--streams", nargs="+", type=int, default=[32])
     parser.add_argument("--waves", type=int, default=1)
+    parser.add_argument("--steady", type=float, metavar="SECONDS", help="instead of a wave")
     arguments, options = parser.parse_known_args()
     print("Stages: compute / communication / starved / scheduler, of the time with work\n")
     print("| layout | in flight | streams | tokens/s | mean TPOT ms | mean TTFT ms | stages |")
@@ -80,10 +119,14 @@ def main() -> None:
                 given = [*options, *in_flight_options(layout, in_flight)]
                 url, _ = stack.enter_context(serving(arguments.model, layout, given))
                 urls[layout, in_flight] = url
-                run_wave(url, 4)
+                bench(url, ["--concurrency", "4", "--num-requests", "4"])
         for num_streams in arguments.streams * arguments.waves:
             for (layout, in_flight), url in urls.items():
-                print(f"| {layout} | {in_flight} {measure(url, num_streams)}", flush=True)
+                if arguments.steady is None:
+                    measured = run_wave(url, num_streams)
+                else:
+                    measured = run_steadily(url, num_streams, arguments.steady)
+                print(f"| {layout} | {in_flight} {row(num_streams, measured)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How a request arrives: its limits as terms, and a prediction beside what is promised."""
 
-from math import inf, sqrt
+from dataclasses import dataclass, replace
+from math import ceil, inf, sqrt
 
 from .budget import BudgetPrediction, LatencyBudget
 from .capacity import Pricing
@@ -13,6 +14,17 @@ from .verdict import Ahead, Arrival, Book
 
 # What one step in ten exceeds, so many times, is what one in two hundred does.
 _SURE = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """Seconds to the first token and of each later one, as planning sees them: the first with
+    `first_spread` of it added for safety.
+    """
+
+    first_s: float = 0.0
+    first_spread: float = 0.0
+    token_s: float = 0.0
 
 
 class Door:
@@ -30,13 +42,13 @@ class Door:
         terms = request.terms = Terms(
             num_planned_tokens=self._lengths.planned(request), num_cached_tokens=num_cached_tokens
         )
-        first_s = token_s = 0.0
+        expected = _Expected()
         if self._pricing.model.is_ready:
             num_uncached = len(request.token_ids) - num_cached_tokens
             terms.prefill_s = self._pricing.model.prefill_seconds(num_uncached, num_cached_tokens)
-            first_s, token_s = self._predict(book, request, num_cached_tokens, ahead)
-            request.prediction = _told(first_s, token_s, terms)
-        return self._with_limits(book, request, now, ahead, (first_s, token_s))
+            expected = self._predict(book, request, num_cached_tokens, ahead)
+            request.prediction = _told(expected, terms)
+        return self._with_limits(book, request, now, ahead, expected)
 
     def arrive_again(self, arrival: Arrival, book: Book, now: float, ahead: Ahead) -> Arrival:
         """The same request, whose terms are lost by it, beside another book or at another time.
@@ -49,10 +61,10 @@ class Door:
             num_cached_tokens=before.num_cached_tokens,
             prefill_s=before.prefill_s,
         )
-        expected_s = 0.0, 0.0
+        expected = _Expected()
         if request.budget.deadline_ms is not None:
-            expected_s = self._predict(book, request, before.num_cached_tokens, ahead)
-        return self._with_limits(book, request, now, ahead, expected_s)
+            expected = self._predict(book, request, before.num_cached_tokens, ahead)
+        return self._with_limits(book, request, now, ahead, expected)
 
     def _with_limits(
         self,
@@ -60,12 +72,12 @@ class Door:
         request: Request,
         now: float,
         ahead: Ahead,
-        expected_s: tuple[float, float],
+        expected: _Expected,
     ) -> Arrival:
         terms = request.terms
         if not request.budget.is_unlimited:
             terms.rank = Rank.PROMISED
-            _aim(terms, request.budget, now, expected_s, self._pricing.max_in_flight)
+            _aim(terms, request.budget, now, expected, self._pricing.max_in_flight)
             self._allow_for_spread(book, terms)
         return Arrival(
             request=request,
@@ -90,8 +102,12 @@ class Door:
 
     def _predict(
         self, book: Book, request: Request, num_cached_tokens: int, ahead: Ahead
-    ) -> tuple[float, float]:
-        """Seconds to the first token, and of each later one."""
+    ) -> _Expected:
+        """Beside that book.
+
+        The slowest stage does all prompts up to this one in steps that hold decodes as well; the
+        others do what they do at the same time, but for the largest of these steps.
+        """
         pricing, terms = self._pricing, request.terms
         decodes = pricing.share_of(len(book) + 1, book.num_tokens)
         token_s = pricing.token_s(decodes)
@@ -100,22 +116,27 @@ class Door:
         whole_s = pricing.step_s_of_prompt(decodes, num_tokens, num_cached_tokens)
         step_s = min(longest, max(whole_s, book.step_s))
         capacity = pricing.capacity(step_s, decodes, len(request.token_ids))
-        before = book.demand.work_before(self.place(request)) + terms.prefill_s
-        queue_s = before / (capacity.work or capacity.step_s) * capacity.step_s
+        work_s = book.demand.work_before(self.place(request)) + terms.prefill_s
+        num_steps = max(1, ceil(work_s / (capacity.work or capacity.step_s)))
+        largest = replace(decodes)
+        share = min(work_s, capacity.work) / terms.prefill_s if terms.prefill_s else 1.0
+        largest.add_prefill(max(1, ceil(share * num_tokens)), num_cached_tokens)
+        behind_s = pricing.model.trip_seconds(largest) - pricing.model.step_seconds(largest)
         wait_s = ahead.wait_s(capacity.step_s, pricing.max_in_flight)
-        return wait_s + queue_s + token_s, token_s
+        first_s = wait_s + work_s + num_steps * capacity.decodes_s + behind_s
+        return _Expected(first_s, pricing.spread_of(largest), token_s)
 
     def place(self, request: Request) -> Place:
         """In the order in which prompts are computed."""
         return self._policy.key(request), request.sequence
 
 
-def _told(first_s: float, token_s: float, terms: Terms) -> BudgetPrediction:
+def _told(expected: _Expected, terms: Terms) -> BudgetPrediction:
     num_later = terms.num_planned_tokens - 1
     return BudgetPrediction(
-        ttft_ms=first_s * 1e3,
-        tpot_ms=token_s * 1e3,
-        e2e_ms=(first_s + num_later * token_s) * 1e3,
+        ttft_ms=expected.first_s / (1 + expected.first_spread) * 1e3,
+        tpot_ms=expected.token_s * 1e3,
+        e2e_ms=(expected.first_s + num_later * expected.token_s) * 1e3,
     )
 
 
@@ -123,7 +144,7 @@ def _aim(
     terms: Terms,
     budget: LatencyBudget,
     now: float,
-    expected_s: tuple[float, float],
+    expected: _Expected,
     max_in_flight: int,
 ) -> None:
     """Split the limits of a budget into a due first token and a time for each later one.
@@ -131,7 +152,7 @@ def _aim(
     Of what a limit on the whole leaves over, prefill and decoding get half each. Until a request
     has its place among the decodes of several steps in flight, it may lose all but one of a round.
     """
-    first_s, token_s = expected_s
+    first_s, token_s = expected.first_s, expected.token_s
     num_later = terms.num_planned_tokens - 1
     if budget.ttft_ms is not None:
         terms.first_token_by = now + budget.ttft_ms / 1e3

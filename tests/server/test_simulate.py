@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from statistics import median
 
 import pytest
 from click.testing import CliRunner
@@ -151,6 +152,17 @@ def test_past_capacity_admission_keeps_what_it_promises() -> None:
             assert len(met) == len(admitted) < len(made)
             assert min(v.refusal.retry_after_s for v in made if v.refusal) > 0  # type: ignore[attr-defined]
     assert goodput["edf"] > 2 * goodput["fcfs"]
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+def test_first_tokens_come_when_admission_said(num_stages: int) -> None:
+    """On a pipe that does what the model says, of which half is used."""
+    made = visits(200, 2.0, budget=TIGHT)
+    run(made, num_stages=num_stages, costs=tuple(cost / num_stages for cost in COSTS))
+    told = [visit.outcome for visit in made if visit.outcome is not None]
+    errors = [abs(one.predicted.ttft_ms / one.ttft_ms - 1) for one in told]  # type: ignore[operator]
+    assert len(errors) == len(made)
+    assert median(errors) < 0.1
 
 
 def _is_met(visit: Visit) -> bool:

@@ -157,6 +157,7 @@ def _budget(request: PlannedRequest) -> LatencyBudget:
 
 
 def _record(visit: Visit, class_name: str) -> Record:
+    told = visit.outcome
     return Record(
         start_s=visit.arrival_s,
         sent_s=visit.arrival_s,
@@ -169,6 +170,9 @@ def _record(visit: Visit, class_name: str) -> Record:
         num_output_tokens=len(visit.token_times_s),
         error=None if visit.refusal is None else str(visit.refusal),
         retry_after_s=getattr(visit.refusal, "retry_after_s", None),
+        is_told_met=told.met if told else None,
+        predicted_ttft_ms=told.predicted.ttft_ms if told else None,
+        told_ttft_ms=told.ttft_ms if told else None,
     )
 
 

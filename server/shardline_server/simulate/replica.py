@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 from shardline_scheduler import (
+    BudgetOutcome,
     FinishReason,
     LatencyBudget,
     PipeModel,
@@ -41,6 +42,7 @@ class Visit:
     token_times_s: "array[float]" = field(default_factory=lambda: array("d"))
     end_s: float = inf
     finish_reason: FinishReason | None = None
+    outcome: BudgetOutcome | None = None
     refusal: SchedulerError | None = None
 
     def request(self) -> Request:
@@ -180,6 +182,7 @@ class Replica:
         if not had_tokens and (visit.token_times_s or output.finish_reason is not None):
             self.num_waiting_tokens -= len(visit.prompt)
         if output.finish_reason is not None:
-            visit.finish_reason, visit.end_s = output.finish_reason, now
+            visit.finish_reason, visit.outcome = output.finish_reason, output.budget
+            visit.end_s = now
             self.num_open -= 1
             del self._visits[number]
