@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstring>
+#include <vector>
 
 #include "vector_math.h"
 
@@ -25,13 +26,30 @@ constexpr bool kPairs = false;
 template <typename T>
 constexpr int64_t kDepth = kPairs<T> ? 2 : 1;
 
-constexpr int64_t kNumRegisters = kLanes == 8 ? 16 : 32;
+// What a product reads its input as: pairs as they are, the rest widened once for all columns.
+template <typename T>
+using Input = std::conditional_t<kPairs<T>, T, float>;
+
+constexpr int kNumRegisters = kLanes == 8 ? 16 : 32;
 constexpr int64_t kRowBlockBytes = 1 << 18;  // of input that stays in a core's cache
 constexpr int64_t kBytesAhead = 2048;        // how far in front of a pass weights are fetched
 
-// Rows of one pass: what the registers hold beside one row of weights and one number of the input.
+// Whether registers hold the sums of a pass beside one row of weights and one number of the input.
+constexpr bool fits(int rows, int panels) { return (rows + 1) * panels + 1 <= kNumRegisters; }
+
+// Vectors of a group that one pass takes: all; or half, where registers are so few that a row of
+// weights would be widened again for every two rows of input.
+constexpr int pass_panels(int rows, int panels) {
+  return kNumRegisters == 16 && panels == 4 && !fits(rows, panels) ? panels / 2 : panels;
+}
+
+// Rows of the largest tile.
 constexpr int max_rows(int panels) {
-  return static_cast<int>((kNumRegisters - 2 - panels) / panels);
+  int rows = 1;
+  while (fits(rows + 1, pass_panels(rows + 1, panels))) {
+    ++rows;
+  }
+  return rows;
 }
 
 template <typename T>
@@ -60,10 +78,11 @@ struct Fetch {
   }
 };
 
+// Sums of the kPanels vectors at `weights`, of which a step of the depth holds `step_size` numbers.
 template <typename T, int kRows, int kPanels, int kLines>
 C10_ALWAYS_INLINE void multiply_pass(
-    const T* input, int64_t stride, const T* weights, int64_t num_steps, Fetch<kLines> fetch,
-    Vec (&sums)[kRows][kPanels]) {
+    const Input<T>* input, int64_t stride, const T* weights, int64_t step_size, int64_t num_steps,
+    Fetch<kLines> fetch, Vec (&sums)[kRows][kPanels]) {
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -72,7 +91,7 @@ C10_ALWAYS_INLINE void multiply_pass(
     }
   }
   constexpr int64_t kPanelSize = kLanes * kDepth<T>;
-  for (int64_t k = 0; k < num_steps; ++k, weights += kPanels * kPanelSize) {
+  for (int64_t k = 0; k < num_steps; ++k, weights += step_size) {
     fetch.step();
     if constexpr (kPairs<T>) {
 #if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
@@ -100,7 +119,7 @@ C10_ALWAYS_INLINE void multiply_pass(
       }
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        const Vec left(static_cast<float>(input[r * stride + k]));
+        const Vec left(input[r * stride + k]);
 #pragma GCC unroll 4
         for (int p = 0; p < kPanels; ++p) {
           sums[r][p] = at::vec::fmadd(left, right[p], sums[r][p]);
@@ -114,27 +133,32 @@ C10_ALWAYS_INLINE void multiply_pass(
 // in front of itself. Of several, each fetches its share of the next group while it computes.
 template <typename T, int kRows, int kPanels, typename Store>
 void multiply_tile_packed(
-    const Packed<T>& w, const T* input, int64_t stride, int64_t row, int64_t group, int64_t tile,
-    int64_t num_tiles, const Store& store) {
+    const Packed<T>& w, const Input<T>* input, int64_t stride, int64_t row, int64_t group,
+    int64_t tile, int64_t num_tiles, const Store& store) {
   constexpr int kAll = kPanels * static_cast<int>(kLanes * kDepth<T> * sizeof(T)) / kCacheLineBytes;
   constexpr int kSome = divide_up(kAll, 2);
-  Vec sums[kRows][kPanels];
+  constexpr int kAtOnce = pass_panels(kRows, kPanels);
+  constexpr int64_t kStepSize = kPanels * kLanes * kDepth<T>;
+  Vec sums[kRows][kAtOnce];
   const T* weights = w.data + group * w.group_size();
-  const auto pass = [&](auto fetch) {
-    multiply_pass<T, kRows, kPanels>(
-        input + row * stride, stride, weights, w.num_steps, fetch, sums);
+  const auto pass = [&](int first, auto fetch) {
+    multiply_pass<T, kRows, kAtOnce>(
+        input, stride, weights + first * kLanes * kDepth<T>, kStepSize, w.num_steps, fetch, sums);
+    for (int r = 0; r < kRows; ++r) {
+      store(row + r, group * w.group_columns() + first * kLanes, sums[r]);
+    }
   };
   const char* here = reinterpret_cast<const char*>(weights);
   const char* next = reinterpret_cast<const char*>(weights + w.group_size());
   if (num_tiles == 1) {
-    pass(Fetch<kAll>{here + kBytesAhead});
+    pass(0, Fetch<kAll>{here + kBytesAhead});
   } else if (tile * kSome < kAll) {
-    pass(Fetch<kSome>{next + tile * w.num_steps * kSome * kCacheLineBytes});
+    pass(0, Fetch<kSome>{next + tile * w.num_steps * kSome * kCacheLineBytes});
   } else {
-    pass(Fetch<0>{next});
+    pass(0, Fetch<0>{next});
   }
-  for (int r = 0; r < kRows; ++r) {
-    store(row + r, group * w.group_columns(), sums[r]);
+  for (int first = kAtOnce; first < kPanels; first += kAtOnce) {
+    pass(first, Fetch<0>{next});
   }
 }
 
@@ -150,23 +174,40 @@ C10_ALWAYS_INLINE void with_rows(int64_t rows, const Run& run) {
   }
 }
 
+// Rows [begin, end) of the input as a product reads them.
+template <typename T>
+const Input<T>* read_rows(const T* input, int64_t stride, int64_t begin, int64_t end) {
+  if constexpr (std::is_same_v<T, Input<T>>) {
+    return input + begin * stride;
+  } else {
+    thread_local std::vector<float> wide;
+    const size_t size = (end - begin) * stride;
+    if (wide.size() < size) {
+      wide.resize(size);
+    }
+    widen_row(input + begin * stride, wide.data(), size);
+    return wide.data();
+  }
+}
+
 template <typename T, int kPanels, typename Store>
 void multiply_groups(
     const Packed<T>& w, const T* input, int64_t stride, int64_t num_rows, int64_t group_begin,
     int64_t group_end, const Store& store) {
   constexpr int kMax = max_rows(kPanels);
-  const int64_t fitting = kRowBlockBytes / static_cast<int64_t>(stride * sizeof(T));
+  const int64_t fitting = kRowBlockBytes / static_cast<int64_t>(stride * sizeof(Input<T>));
   const int64_t block = std::max<int64_t>(1, fitting / kMax) * kMax;
   for (int64_t begin = 0; begin < num_rows; begin += block) {
     const int64_t end = std::min(num_rows, begin + block);
     const int64_t num_tiles = divide_up(end - begin, kMax);
+    const Input<T>* rows_in = read_rows(input, stride, begin, end);
     for (int64_t group = group_begin; group < group_end; ++group) {
       for (int64_t tile = 0; tile < num_tiles; ++tile) {
-        const int64_t first = begin + (end - begin) * tile / num_tiles;
-        const int64_t last = begin + (end - begin) * (tile + 1) / num_tiles;
+        const int64_t first = (end - begin) * tile / num_tiles;
+        const int64_t last = (end - begin) * (tile + 1) / num_tiles;
         with_rows<kMax>(last - first, [&](auto rows) {
           multiply_tile_packed<T, decltype(rows)::value, kPanels>(
-              w, input, stride, first, group, tile, num_tiles, store);
+              w, rows_in + first * stride, stride, begin + first, group, tile, num_tiles, store);
         });
       }
     }

@@ -2,28 +2,47 @@
 
 #pragma once
 
+#include <array>
+#include <cstring>
+
 #include "vector_math.h"
 
 namespace {
 
+// A vector of 16-bit numbers, rounded to the nearest.
+template <typename T>
+C10_ALWAYS_INLINE auto narrowed(const Vec& x) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<T, at::Half>) {
+    return at::vec::cvtfp32_fp16(x);
+  } else {
+#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
+    return _mm512_cvtneps_pbh(x);
+#else
+    return at::vec::cvtfp32_bf16(x);
+#endif
+  }
+#else
+  float wide[kLanes];
+  x.store(wide);
+  std::array<T, kLanes> narrow;
+  std::copy(wide, wide + kLanes, narrow.begin());
+  return narrow;
+#endif
+}
+
 // out[0, count) = x, count <= kLanes
 template <typename T>
 C10_ALWAYS_INLINE void store_narrow(const Vec& x, T* out, int64_t count = kLanes) {
-#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
-  if constexpr (std::is_same_v<T, at::BFloat16>) {
-    if (count == kLanes) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), (__m256i)_mm512_cvtneps_pbh(x));
-      return;
-    }
-  }
-#endif
   if constexpr (std::is_same_v<T, float>) {
     x.store(out, static_cast<int>(count));
   } else {
-    float wide[kLanes];
-    x.store(wide);
-    for (int64_t i = 0; i < count; ++i) {
-      out[i] = static_cast<T>(wide[i]);
+    const auto narrow = narrowed<T>(x);
+    static_assert(sizeof narrow == kLanes * sizeof(T));
+    if (count == kLanes) {
+      std::memcpy(out, &narrow, sizeof narrow);
+    } else {
+      std::memcpy(out, &narrow, count * sizeof(T));
     }
   }
 }
