@@ -14,8 +14,10 @@ from .cost import StepLoad
 # A step with decodes in it takes at most so many times what they alone take, for a prompt that
 # nobody promised anything: gaps between tokens stay even.
 DECODES_STRETCH = 2.0
-# Many waiting prompts may stretch it more: this part of all their tokens at a time (gLLM).
+# Many waiting prompts may stretch it more: this part of all their tokens at a time (gLLM), while it
+# takes at most so many times what its decodes take.
 _STEPS_FOR_BACKLOG = 8
+_BACKLOG_STRETCH = 4.0
 _LARGEST_MOVE = 1.1
 
 
@@ -57,7 +59,7 @@ class TimeTarget:
         if prompts.count > 1:
             num_tokens = prompts.num_tokens // _STEPS_FOR_BACKLOG
             part = self._pricing.model.prefill_seconds(num_tokens, 0)
-            wanted = max(wanted, decodes_s + part)
+            wanted = max(wanted, min(decodes_s + part, _BACKLOG_STRETCH * decodes_s))
         if self._with_decodes_s < inf:
             last_s = self._with_decodes_s
             wanted = max(wanted, last_s / _LARGEST_MOVE, decodes_s)

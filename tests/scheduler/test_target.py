@@ -38,3 +38,15 @@ def test_a_long_prompt_spreads_the_gaps_between_others_tokens_and_makes_no_hole(
         gaps = [b - a for a, b in zip(visit.token_times, visit.token_times[1:], strict=False)]
         undisturbed = sorted(gaps)[len(gaps) // 10]
         assert max(gaps[5:]) < 4 * undisturbed
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+def test_however_many_prompts_wait_gaps_between_others_tokens_stay_even(num_stages: int):
+    decodes = [Visit(i, 0.0, 16, 150) for i in range(4)]
+    prompts = [Visit(100 + i, 0.3, 2000, 1) for i in range(12)]
+    of_stages(num_stages).run([*decodes, *prompts])
+    for visit in decodes:
+        gaps = [b - a for a, b in zip(visit.token_times, visit.token_times[1:], strict=False)]
+        gaps.sort()
+        assert gaps[len(gaps) * 99 // 100] <= 2 * gaps[len(gaps) // 2]
+        assert gaps[-1] < 8 * gaps[len(gaps) // 20], "a hole"
