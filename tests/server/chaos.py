@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -227,10 +227,11 @@ class Chaos:
         kinds = [self._kill, self._kill, self._stop, self._burst, self._hang_up]
         if self.server.hosts is not None:
             kinds += [self._cut, self._slow, self._lose, self._kill_node]
+        left: list[Callable[[], Awaitable[None]]] = []
         while time.monotonic() < end:
             await asyncio.sleep(self.random.uniform(1, 6))
-            kind = self.random.choice(kinds)
-            await kind()
+            left = left or self.random.sample(kinds, len(kinds))  # Each comes before any again.
+            await left.pop()()
 
     async def _kill(self) -> None:
         if (worker := self._victim()) is not None:
@@ -269,11 +270,11 @@ class Chaos:
 
     async def _slow(self) -> None:
         await self._have_faulty_wire(SLOW)
-        self.troubles["slow times"] += 1
+        self.troubles["wire slow"] += 1
 
     async def _lose(self) -> None:
         await self._have_faulty_wire(LOSSY)
-        self.troubles["lossy times"] += 1
+        self.troubles["wire lossy"] += 1
 
     async def _have_faulty_wire(self, wire: Wire) -> None:
         assert self.server.hosts is not None

@@ -104,7 +104,7 @@ def test_the_other_node_has_a_spare_process_too(launch: Launch) -> None:
         time.sleep(0.1)
 
 
-def test_half_a_minute_of_chaos_over_two_hosts(hosts: Hosts, tiny_model: Path) -> None:
-    chaos = asyncio.run(run_chaos(tiny_model, seconds=30, seed=2, hosts=hosts))
+def test_a_minute_of_chaos_over_two_hosts(hosts: Hosts, tiny_model: Path) -> None:
+    chaos = asyncio.run(run_chaos(tiny_model, seconds=60, seed=2, hosts=hosts))
     assert chaos.troubles["killed"]
-    assert chaos.troubles["cuts"]
+    assert any(name.startswith("wire ") for name in chaos.troubles)
