@@ -5,9 +5,9 @@
 Options that it does not know go to the server. Starts `shardline serve` for each, sends waves of
 streams that start together (256 random tokens in, 128 greedy ones out) to one after the other, and
 reads from `/load` what became of the stages' time in between. With `--steady SECONDS` there are
-always so many streams instead, with 256 ± 50 % tokens in and 64 ± 50 % out, and a fifth of the time
-at both ends does not count. One stage is served with 1 step in flight and with 2, the second
-planned ahead.
+always so many streams instead, with 256 ± 50 % tokens in and 64 ± 50 % out, and the stages' time in
+the first and the last fifth does not count. One stage is served with 1 step in flight and with 2,
+the second planned ahead.
 """
 
 import argparse
@@ -59,7 +59,6 @@ def run_steadily(url: str, num_streams: int, seconds: float) -> Measured:
     """The same of so many streams at any time."""
     end_s = seconds / 5
     options = ["--concurrency", str(num_streams), "--duration", str(seconds)]
-    options += ["--warm-up", str(end_s), "--cool-down", str(end_s)]
     options += ["--prompt-tokens", "128:384", "--output-tokens", "32:96"]
     with ThreadPoolExecutor(1) as background:
         load = background.submit(bench, url, options)
