@@ -32,14 +32,14 @@ def pipe_seconds(url: str) -> list[dict[str, float]] | None:
 
 def settled_pipe_seconds(url: str) -> list[dict[str, float]]:
     """The same, once the last step has been told of."""
-    before: Any = None
+    before: list[float] | None = None
     while True:
         seconds = pipe_seconds(url)
         now = seconds and [stage["compute"] for stage in seconds]
         if seconds is not None and now == before:
             return seconds
         before = now
-        time.sleep(0.6)
+        time.sleep(0.6)  # stages before the last report twice a second
 
 
 Measured = tuple[dict[str, Any], list[dict[str, float]]]

@@ -46,7 +46,7 @@ class Door:
         if self._pricing.model.is_ready:
             num_uncached = len(request.token_ids) - num_cached_tokens
             terms.prefill_s = self._pricing.model.prefill_seconds(num_uncached, num_cached_tokens)
-            expected = self._predict(book, request, num_cached_tokens, ahead)
+            expected = self._predict(book, request, ahead)
             request.prediction = _told(expected, terms)
         return self._with_limits(book, request, now, ahead, expected)
 
@@ -63,7 +63,7 @@ class Door:
         )
         expected = _Expected()
         if request.budget.deadline_ms is not None:
-            expected = self._predict(book, request, before.num_cached_tokens, ahead)
+            expected = self._predict(book, request, ahead)
         return self._with_limits(book, request, now, ahead, expected)
 
     def _with_limits(
@@ -100,9 +100,7 @@ class Door:
         of_mean = _SURE * spread / sqrt(num_later * pricing.max_in_flight)
         terms.seconds_per_token *= (1 + spread) / (1 + max(spread, of_mean))
 
-    def _predict(
-        self, book: Book, request: Request, num_cached_tokens: int, ahead: Ahead
-    ) -> _Expected:
+    def _predict(self, book: Book, request: Request, ahead: Ahead) -> _Expected:
         """Beside that book.
 
         The slowest stage does all prompts up to this one in steps that hold decodes as well; the
@@ -111,6 +109,7 @@ class Door:
         pricing, terms = self._pricing, request.terms
         decodes = pricing.share_of(len(book) + 1, book.num_tokens)
         token_s = pricing.token_s(decodes)
+        num_cached_tokens = terms.num_cached_tokens
         num_tokens = len(request.token_ids) - num_cached_tokens
         longest = pricing.longest_step_s(book.seconds_per_token, decodes)
         whole_s = pricing.step_s_of_prompt(decodes, num_tokens, num_cached_tokens)
