@@ -39,7 +39,7 @@ def settled_pipe_seconds(url: str) -> list[dict[str, float]]:
         if seconds is not None and now == before:
             return seconds
         before = now
-        time.sleep(0.6)  # stages before the last report twice a second
+        time.sleep(0.6)  # the engine tells it twice a second
 
 
 Measured = tuple[dict[str, Any], list[dict[str, float]]]
