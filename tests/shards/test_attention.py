@@ -110,8 +110,9 @@ def lay_out(case: Case, backend: AttentionBackend, seed: int = 0) -> Problem:
     tables = torch.zeros(len(case.lengths), max(num_blocks), dtype=torch.int32)
     for table, count in zip(tables, num_blocks, strict=True):
         table[:count] = torch.tensor([order.pop() for _ in range(count)])
-    size = (sum(num_blocks) + 2, case.block_size, case.num_kv_heads, case.head_dim)
-    layer = KVLayer(*(torch.full(size, math.nan, dtype=case.dtype) for _ in range(2)))
+    size = (sum(num_blocks) + 2, 3, 2, case.block_size, case.num_kv_heads, case.head_dim)
+    memory = torch.full(size, math.nan, dtype=case.dtype)  # of three layers, block by block
+    layer = KVLayer(memory[:, 1, 0], memory[:, 1, 1])
     queries, keys, values, slots = [], [], [], []
     for (query_len, kv_len), table in zip(case.lengths, tables, strict=True):
         queries.append(random(query_len, case.num_kv_heads * case.group, case.head_dim))
@@ -315,3 +316,12 @@ def test_kv_memory_is_zero_and_as_large_as_it_says() -> None:
         assert layer.key.shape == layer.value.shape == (10, 16, 3, 8)
         assert layer.key.nbytes + layer.value.nbytes == 10 * shape.block_bytes
         assert not layer.key.any() and not layer.value.any()
+
+
+def test_a_block_of_all_layers_lies_together() -> None:
+    """So that a new block touches memory of its own size, however many layers there are."""
+    shape = KVShape(block_size=16, num_kv_heads=3, head_dim=8, dtype=torch.bfloat16)
+    layers = allocate_kv(range(5), 10, shape, CPU)
+    parts = [part[7] for layer in layers.values() for part in (layer.key, layer.value)]
+    starts = sorted(part.data_ptr() for part in parts)
+    assert starts == [starts[0] + i * shape.block_bytes // 2 for i in range(10)]

@@ -14,7 +14,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class KVLayer:
-    """One layer's `key` and `value`, each [num_blocks, block_size, num_kv_heads, head_dim]."""
+    """One layer's `key` and `value`, each [num_blocks, block_size, num_kv_heads, head_dim].
+
+    Both are dense within a block, and have one stride from block to block.
+    """
 
     key: Tensor
     value: Tensor

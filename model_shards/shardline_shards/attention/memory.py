@@ -30,22 +30,30 @@ def allocate_kv(
 ) -> dict[int, KVLayer]:
     """KV memory of `num_blocks` blocks for each layer index, all zero.
 
-    Zero because kernels may multiply what lies behind a sequence's end by 0.
+    Zero because kernels may multiply what lies behind a sequence's end by 0. On a CPU a block of
+    all layers lies together: huge pages are then first touched one by one, as tokens come, where
+    otherwise one step in thousands would touch a page of each layer, keys and values (0.1 s).
     Raises torch's out-of-memory error, or MemoryError, where the device has less.
     """
-    size = (num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim)
+    indexes = list(layer_indexes)
+    block = (shape.block_size, shape.num_kv_heads, shape.head_dim)
+    if device.type == "cpu":
+        memory = _untouched_zeros((num_blocks, len(indexes), 2, *block), shape.dtype)
+        return {index: KVLayer(memory[:, i, 0], memory[:, i, 1]) for i, index in enumerate(indexes)}
+    size = (num_blocks, *block)
     return {
-        index: KVLayer(_zeros(size, shape.dtype, device), _zeros(size, shape.dtype, device))
-        for index in layer_indexes
+        index: KVLayer(
+            torch.zeros(size, dtype=shape.dtype, device=device),
+            torch.zeros(size, dtype=shape.dtype, device=device),
+        )
+        for index in indexes
     }
 
 
-def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros; on a CPU from pages that the system hands out zeroed when they are first touched.
+def _untouched_zeros(size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros from pages that the system hands out zeroed when they are first touched.
 
     `torch.zeros` writes all of them at once, which takes seconds for gigabytes.
     """
-    if device.type != "cpu":
-        return torch.zeros(size, dtype=dtype, device=device)
     pages = np.zeros(math.prod(size) * dtype.itemsize, dtype=np.uint8)
     return torch.from_numpy(pages).view(dtype).view(size)

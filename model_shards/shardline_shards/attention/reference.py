@@ -18,8 +18,10 @@ class ReferenceBackend:
 
     def write(self, layer: KVLayer, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """See `AttentionBackend.write`."""
-        layer.key.view(-1, *key.shape[1:])[slots] = key
-        layer.value.view(-1, *value.shape[1:])[slots] = value
+        block_size = layer.key.shape[1]
+        places = slots // block_size, slots % block_size
+        layer.key[places] = key
+        layer.value[places] = value
 
     def attend(
         self,

@@ -94,10 +94,10 @@ class DecoderStack : public torch::CustomClassHolder {
     for (size_t i = 0; i < keys.size(); ++i) {
       for (const Tensor& pool : {keys[i], values[i]}) {
         TORCH_CHECK(
-            pool.dim() == 4 && pool.is_contiguous() && pool.scalar_type() == dtype_ &&
-                pool.sizes() == keys[0].sizes() && pool.size(2) == shape_.num_kv_heads &&
+            is_pool(pool) && pool.scalar_type() == dtype_ && pool.sizes() == keys[0].sizes() &&
+                pool.stride(0) == keys[0].stride(0) && pool.size(2) == shape_.num_kv_heads &&
                 pool.size(3) == shape_.head_dim,
-            "KV memory is contiguous [num_blocks, block_size, num_kv_heads, head_dim]");
+            "KV memory is [num_blocks, block_size, num_kv_heads, head_dim], blocks contiguous");
       }
     }
     keys_ = std::move(keys);
@@ -213,10 +213,9 @@ class DecoderStack : public torch::CustomClassHolder {
     step.block_tables = block_tables.const_data_ptr<int32_t>();
     step.num_sequences = kv_lens.size(0);
     step.max_blocks = block_tables.size(1);
-    step.num_blocks = keys_[0].size(0);
-    step.block_size = keys_[0].size(1);
+    step.pool = shape_of_pool(keys_[0]);
     TORCH_CHECK(slots.numel() == step.num_rows, "each token has one slot");
-    check_indexes(slots, 0, step.num_blocks * step.block_size);
+    check_indexes(slots, 0, step.pool.num_slots());
     check_sequences(step);
     return step;
   }
@@ -228,14 +227,14 @@ class DecoderStack : public torch::CustomClassHolder {
         "query_start covers all tokens");
     for (int64_t i = 0; i < step.num_sequences; ++i) {
       const int64_t query_len = step.query_start[i + 1] - step.query_start[i];
-      const int64_t num_blocks = divide_up(step.kv_lens[i], step.block_size);
+      const int64_t num_blocks = divide_up(step.kv_lens[i], step.pool.block_size);
       TORCH_CHECK(
           query_len >= 0 && query_len <= step.kv_lens[i] && num_blocks <= step.max_blocks,
           "sequence ", i, " has ", query_len, " query tokens, ", step.kv_lens[i], " tokens and ",
           step.max_blocks, " blocks");
       for (int64_t block = 0; block < num_blocks; ++block) {
         const int64_t id = step.block_tables[i * step.max_blocks + block];
-        TORCH_CHECK(id >= 0 && id < step.num_blocks, "block ", id, " does not exist");
+        TORCH_CHECK(id >= 0 && id < step.pool.num_blocks, "block ", id, " does not exist");
       }
     }
   }

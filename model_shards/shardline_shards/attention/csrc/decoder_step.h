@@ -56,7 +56,8 @@ struct StepShape {
   const float *cos, *sin;  // [num_rows, head_dim]
   const int64_t* slots;    // [num_rows]
   const int32_t *query_start, *kv_lens, *block_tables;
-  int64_t num_sequences, max_blocks, num_blocks, block_size;
+  int64_t num_sequences, max_blocks;
+  PoolShape pool;
 };
 
 // Memory of a step, kept from one to the next. Rows are padded with zeros to what products read.
@@ -154,8 +155,7 @@ class DecoderStep {
     p.query_token_stride = shape_.query_size();
     p.query_head_stride = shape_.head_dim;
     p.num_sequences = step_.num_sequences;
-    p.num_blocks = step_.num_blocks;
-    p.block_size = step_.block_size;
+    p.pool = step_.pool;
     p.max_blocks = step_.max_blocks;
     p.num_kv_heads = shape_.num_kv_heads;
     p.group = shape_.num_heads / shape_.num_kv_heads;
@@ -265,7 +265,7 @@ class DecoderStep {
       T* query = buffers_.query.data() + row * shape_.query_size();
       place(heads, shape_.num_heads, layer.query_norm, cos, sin, query);
       heads += shape_.query_size();
-      const int64_t place_in_pool = step_.slots[row] * shape_.kv_size();
+      const int64_t place_in_pool = step_.pool.place_of_slot(step_.slots[row]);
       place(heads, shape_.num_kv_heads, layer.key_norm, cos, sin, layer.key + place_in_pool);
       narrow_row(heads + shape_.kv_size(), layer.value + place_in_pool, shape_.kv_size());
     }

@@ -41,9 +41,9 @@ void dispatch(at::ScalarType dtype, const Run& run) {
 
 void check_pools(const Tensor& key_pool, const Tensor& value_pool, at::ScalarType dtype) {
   TORCH_CHECK(
-      key_pool.dim() == 4 && key_pool.sizes() == value_pool.sizes() && key_pool.is_contiguous() &&
-          value_pool.is_contiguous(),
-      "pools are contiguous [num_blocks, block_size, num_kv_heads, head_dim]");
+      is_pool(key_pool) && is_pool(value_pool) && key_pool.sizes() == value_pool.sizes() &&
+          key_pool.stride(0) == value_pool.stride(0),
+      "pools are [num_blocks, block_size, num_kv_heads, head_dim], blocks contiguous");
   TORCH_CHECK(
       key_pool.scalar_type() == dtype && value_pool.scalar_type() == dtype,
       "queries, keys, values and KV memory have one dtype");
@@ -61,7 +61,7 @@ void check_lengths(const P& p, int64_t num_tokens) {
       p.query_start[0] == 0 && p.query_start[p.num_sequences] == num_tokens,
       "query_start covers all query tokens");
   for (int64_t i = 0; i < p.num_sequences; ++i) {
-    const int64_t room = p.max_blocks * p.block_size;
+    const int64_t room = p.max_blocks * p.pool.block_size;
     TORCH_CHECK(
         p.query_len(i) >= 0 && p.query_len(i) <= p.kv_lens[i] && p.kv_lens[i] <= room, "sequence ",
         i, " has ", p.query_len(i), " query tokens, ", p.kv_lens[i], " tokens, room for ", room);
@@ -96,8 +96,7 @@ Tensor paged_attend(
     p.query_token_stride = query.stride(0);
     p.query_head_stride = query.stride(1);
     p.num_sequences = kv_lens.size(0);
-    p.num_blocks = key_pool.size(0);
-    p.block_size = key_pool.size(1);
+    p.pool = shape_of_pool(key_pool);
     p.max_blocks = block_tables.size(1);
     p.num_kv_heads = key_pool.size(2);
     p.group = query.size(1) / p.num_kv_heads;
@@ -120,7 +119,8 @@ Tensor paged_attend(
 
 template <typename T>
 void write_rows(const Tensor& rows, const Tensor& pool, const Tensor& slots) {
-  const int64_t num_slots = pool.size(0) * pool.size(1);
+  const PoolShape shape = shape_of_pool(pool);
+  const int64_t num_slots = shape.num_slots();
   const int64_t heads = rows.size(1), dim = rows.size(2);
   const T* from = rows.const_data_ptr<T>();
   T* to = pool.mutable_data_ptr<T>();
@@ -128,9 +128,10 @@ void write_rows(const Tensor& rows, const Tensor& pool, const Tensor& slots) {
   for (int64_t token = 0; token < slots.size(0); ++token) {
     TORCH_CHECK(
         slot[token] >= 0 && slot[token] < num_slots, "slot ", slot[token], " of ", num_slots);
+    T* place = to + shape.place_of_slot(slot[token]);
     for (int64_t head = 0; head < heads; ++head) {
       std::memcpy(
-          to + (slot[token] * heads + head) * dim,
+          place + head * dim,
           from + token * rows.stride(0) + head * rows.stride(1), dim * sizeof(T));
     }
   }

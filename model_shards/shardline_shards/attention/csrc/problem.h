@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "pool.h"
 #include "vector_math.h"
 
 namespace {
@@ -20,14 +21,15 @@ struct Problem {
   using T = Scalar;
 
   const T* query;  // [num_tokens, num_heads, head_dim], strides below
-  const T* key;    // [num_blocks, block_size, num_kv_heads, head_dim]
+  const T* key;    // of `pool`
   const T* value;  // likewise
   T* output;       // [num_tokens, num_heads, head_dim]
   const int32_t* query_start;
   const int32_t* kv_lens;
   const int32_t* block_tables;  // [num_sequences, max_blocks]
   int64_t query_token_stride, query_head_stride;
-  int64_t num_sequences, num_blocks, block_size, max_blocks;
+  PoolShape pool;
+  int64_t num_sequences, max_blocks;
   int64_t num_kv_heads, group, head_dim;
   float scaling;
   float softcap;   // 0: none

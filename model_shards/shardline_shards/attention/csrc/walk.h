@@ -30,16 +30,14 @@ void load_queries(const P& p, const Task& task, Scratch& s) {
 template <typename P>
 void find_keys(const P& p, const Task& task, int64_t start, Scratch& s) {
   const int32_t* table = p.block_tables + task.sequence * p.max_blocks;
-  const int64_t stride = p.num_kv_heads * p.dim();
   const int64_t count = std::min(kKeys + kKeysAhead, task.key_end - start);
-  int64_t place = start % p.block_size;
-  for (int64_t j = 0, index = start / p.block_size; j < count; ++index, place = 0) {
+  int64_t token = start % p.pool.block_size;
+  for (int64_t j = 0, index = start / p.pool.block_size; j < count; ++index, token = 0) {
     const int64_t block = table[index];
-    TORCH_CHECK(block >= 0 && block < p.num_blocks, "block ", block, " does not exist");
-    const int64_t first = (block * p.block_size + place) * stride;
-    const int64_t end = std::min(count, j + p.block_size - place);
-    for (int64_t i = 0; j < end; ++i, ++j) {
-      s.offsets[j] = first + i * stride;
+    TORCH_CHECK(block >= 0 && block < p.pool.num_blocks, "block ", block, " does not exist");
+    const int64_t end = std::min(count, j + p.pool.block_size - token);
+    for (; j < end; ++token, ++j) {
+      s.offsets[j] = p.pool.place(block, token);
     }
   }
   std::fill(s.offsets + count, s.offsets + kKeys + kKeysAhead, s.offsets[count - 1]);
