@@ -86,10 +86,11 @@ def run_server(name: str, cases: list[str], arguments: argparse.Namespace) -> Re
 
 
 def _kv_used(server: Running, figures: dict[str, Result], token_bytes: int) -> int:
-    """KV memory that has been written to: a token's place is not used again before all are."""
+    """KV memory that has been touched: a token's place is not used again before all are."""
     new = ((one["num_prompt_tokens"] - one["num_cached_tokens"]) for one in figures.values())
     num_tokens = sum(new) + sum(one["num_output_tokens"] for one in figures.values())
-    return min(server.kv_bytes, num_tokens * token_bytes) if server.is_kv_lazy else server.kv_bytes
+    touched = num_tokens * token_bytes + server.kv_ahead_bytes
+    return min(server.kv_bytes, touched) if server.is_kv_lazy else server.kv_bytes
 
 
 def server_rows(results: dict[str, Result]) -> Iterator[list[str]]:

@@ -23,6 +23,8 @@ from pathlib import Path
 import httpx
 import psutil
 
+from shardline_shards.attention import AHEAD_BYTES
+
 NAME = "bench"
 MAX_MODEL_LEN = 4096
 NUM_SLOTS = 32
@@ -40,12 +42,14 @@ class Missing(Exception):
 class Command:
     """How to start a server; `kv_bytes` is what it sets aside for keys and values.
 
-    If `is_kv_lazy`, only as much of that is memory as tokens have been written to.
+    If `is_kv_lazy`, only as much of that is memory as tokens have been written to, and
+    `kv_ahead_bytes` more.
     """
 
     words: list[str]
     kv_bytes: int
     is_kv_lazy: bool = False
+    kv_ahead_bytes: int = 0
     env: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -66,6 +70,7 @@ class Running:
     ready_s: float
     kv_bytes: int
     is_kv_lazy: bool
+    kv_ahead_bytes: int
     ready_bytes: int = 0
     peak_bytes: int = 0
 
@@ -75,7 +80,12 @@ def ours(tp: int, pp: int, place: Place) -> Command:
     words += ["--tp", str(tp), "--pp", str(pp), "--max-model-len", str(MAX_MODEL_LEN)]
     words += ["--kv-memory", f"{KV_GIB}GiB", "--served-model-name", NAME]
     words += ["--port", str(place.port), "--grpc-port", "0", "--log-level", "warning"]
-    return Command(words=words, kv_bytes=tp * pp * KV_GIB * GIB, is_kv_lazy=True)
+    return Command(
+        words=words,
+        kv_bytes=tp * pp * KV_GIB * GIB,
+        is_kv_lazy=True,
+        kv_ahead_bytes=tp * pp * AHEAD_BYTES,
+    )
 
 
 def vllm(num_stages: int, place: Place) -> Command:
@@ -154,6 +164,7 @@ def running(
                 ready_s=time.monotonic() - start_s,
                 kv_bytes=command.kv_bytes,
                 is_kv_lazy=command.is_kv_lazy,
+                kv_ahead_bytes=command.kv_ahead_bytes,
             )
             with _watched_memory(process, server):
                 yield server

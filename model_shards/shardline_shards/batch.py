@@ -73,10 +73,15 @@ class StepBatch:
 
 
 class RequestTable:
-    """The requests that the engine has told this worker about, by request index."""
+    """The requests that the engine has told this worker about, by request index.
+
+    `num_blocks_used` is one more than the largest id of a block that any of them was given: blocks
+    that nobody has used yet are given in their order.
+    """
 
     def __init__(self) -> None:
         self._requests: dict[int, RequestState] = {}
+        self.num_blocks_used = 0
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -93,7 +98,9 @@ class RequestTable:
         for scheduled in plan.scheduled:
             request = self._requests[scheduled.request_index]
             request.extend(scheduled.token_ids)
-            request.block_ids.extend(scheduled.block_ids)
+            if scheduled.block_ids:
+                request.block_ids.extend(scheduled.block_ids)
+                self.num_blocks_used = max(self.num_blocks_used, max(scheduled.block_ids) + 1)
 
     def _learn(self, new: NewRequest) -> None:
         self._requests[new.request_index] = RequestState(

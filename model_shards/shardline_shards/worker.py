@@ -21,7 +21,7 @@ from shardline_scheduler.plan import (
     StepPlan,
     StepResult,
 )
-from shardline_shards.attention import KVShape, allocate_kv, select_backend
+from shardline_shards.attention import KVShape, PagesAhead, allocate_kv, select_backend
 from shardline_shards.batch import BatchBuilder, RequestTable, StepBatch
 from shardline_shards.channel import Endpoint, Unreadable, connect, read
 from shardline_shards.checkpoint import LoadReport, load_dummy, load_weights
@@ -56,6 +56,8 @@ from shardline_shards.stage_model import build_stage_model, load_config
 from shardline_shards.step_timer import Part, StepTimer, TimingLog
 
 logger = logging.getLogger("shardline.worker")
+
+_IDLE_MS = 10  # without a message for so long, a worker uses its time for itself
 
 
 class EngineChannel:
@@ -116,6 +118,7 @@ class Worker:
         self.timings = TimingLog()
         self.batches: BatchBuilder | None = None
         self.graphs: DecodeGraphs | None = None
+        self._pages: PagesAhead | None = None
         self._store: TCPStore | None = None
         self._is_cut_off = True
 
@@ -242,6 +245,8 @@ class Worker:
         kv_layers = allocate_kv(self._layers(), num_allocated, shape, self.device)
         backend = select_backend(self.device, self.stage.dtype)
         self.batches = BatchBuilder(kv_layers, shape.block_size, backend, self.device)
+        if self.device.type == "cpu":
+            self._pages = PagesAhead(kv_layers)
 
     @property
     def _records(self) -> bool:
@@ -290,7 +295,18 @@ class Worker:
         """Wait for it; the timings of the last steps are not kept back meanwhile."""
         if self.timings.has_any and not self.channel.has_message(TimingLog.MAX_AGE_MS):
             self._report_timings()
+        if self._pages is not None:
+            self._touch_ahead(self._pages)
         return self.channel.receive()
+
+    def _touch_ahead(self, pages: PagesAhead) -> None:
+        """As long as the engine says nothing."""
+        patience_ms = _IDLE_MS
+        while pages.are_wanted(self.requests.num_blocks_used):
+            if self.channel.has_message(patience_ms):
+                return
+            pages.touch()
+            patience_ms = 0
 
     def _execute(self, plan: StepPlan) -> None:
         self.timer.lap(Part.PLAN_WAIT)

@@ -6,14 +6,17 @@ from shardline_shards.attention.cpu import CpuBackend
 from shardline_shards.attention.cuda import CudaBackend
 from shardline_shards.attention.interface import AttentionBackend, KVLayer, PagedBatch
 from shardline_shards.attention.memory import KVShape, allocate_kv
+from shardline_shards.attention.pages import AHEAD_BYTES, PagesAhead
 from shardline_shards.attention.reference import ReferenceBackend
 
 __all__ = [
+    "AHEAD_BYTES",
     "BACKENDS",
     "AttentionBackend",
     "KVLayer",
     "KVShape",
     "PagedBatch",
+    "PagesAhead",
     "allocate_kv",
     "select_backend",
 ]
