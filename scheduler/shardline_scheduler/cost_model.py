@@ -260,6 +260,10 @@ class PipeModel(Struct):
             stage.memory_bound.is_trusted or stage.compute_bound.is_trusted for stage in self.stages
         )
 
+    def become(self, other: "PipeModel") -> None:
+        """Forget what has been learnt for what the other one has."""
+        self.stages, self.trip_overhead_s = other.stages, other.trip_overhead_s
+
     def observe(self, stage_index: int, load: StepLoad, seconds: float) -> None:
         """Learn what a step took of a stage."""
         self.stages[stage_index].observe(load, seconds)

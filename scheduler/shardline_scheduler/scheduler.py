@@ -19,7 +19,8 @@ tokens, was never told the dropped one, and draws it again, with the same seed a
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from math import inf
@@ -97,12 +98,17 @@ class Scheduler:
         self._log = StepLog(model)
         self._clock = PipeClock(model)
         self._outcomes = Outcomes()
-        self._keeper: Keeper
         if self._policy.keeps_budgets and self._cost is None:
-            self._keeper = BudgetKeeper(self.config, self._policy, model, self._jitter)
+            self._plan_with(BudgetKeeper(self.config, self._policy, model, self._jitter))
         else:
-            self._keeper = NoBudgets(self._cost or TokenBudget(self.config.max_num_batched_tokens))
-        self._planner = Planner(self.config, self._policy, self._keeper, model, self._seating)
+            self._plan_with(self._no_budgets())
+
+    def _no_budgets(self) -> Keeper:
+        return NoBudgets(self._cost or TokenBudget(self.config.max_num_batched_tokens))
+
+    def _plan_with(self, keeper: Keeper) -> None:
+        self._keeper = keeper
+        self._planner = Planner(self.config, self._policy, keeper, self.cost_model, self._seating)
 
     @property
     def has_requests(self) -> bool:
@@ -268,6 +274,23 @@ class Scheduler:
         self._learn(cost_model)
         self._memory.forget_prefixes()
         self._memory.num_prefix_queries = self._memory.num_prefix_hits = 0
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """What is computed meanwhile is for measuring: it is planned without budgets, counts for
+        nobody's share, and is dropped at the end. Before, nobody is alive and nothing in flight.
+        """
+        assert not self.has_work, "requests are alive"
+        keeper, memory = self._keeper, self._memory
+        num_queries, num_hits = memory.num_prefix_queries, memory.num_prefix_hits
+        self._plan_with(self._no_budgets())
+        try:
+            yield
+        finally:
+            for request_id in list(self._requests):
+                self.abort(request_id)
+            self._plan_with(keeper)
+            memory.num_prefix_queries, memory.num_prefix_hits = num_queries, num_hits
 
     def stats(self) -> SchedulerStats:
         """Gauges and totals, as of now."""

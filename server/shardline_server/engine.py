@@ -18,6 +18,7 @@ import msgspec
 import zmq
 
 from shardline_scheduler import (
+    BudgetImpossible,
     DuplicateRequest,
     Request,
     RequestOutput,
@@ -89,8 +90,11 @@ class Engine:
         num_blocks = self.workers.start()
         self.scheduler = Scheduler(config.scheduler_config(num_blocks), jitter=_jitter(config.seed))
         cache = CostCache(Path(config.cache_dir), self.workers.config)
-        self.costs = StepCosts(self.scheduler, cache, config.measure_s)
-        self.costs.measure(self.workers, config.vocab_size)
+        self.costs = StepCosts(
+            self.scheduler, self.workers, cache, config.measure_s, vocab_size=config.vocab_size
+        )
+        self.costs.measure()
+        self._second_look = self.costs.second_look(lambda: self.frontends.has_message)
         self.pipe, self._stage_watch = self._start_accounting(self.workers.config)
         self.timing_listeners += [self.pipe, self.costs]
         self._ready = EngineReady(
@@ -131,13 +135,23 @@ class Engine:
                 self._commit()
                 self._tell(self.scheduler.expire(time.monotonic()))
                 self._plan()
+                self._publish()
+                self._look_again()
             except WorkerLost as loss:
                 self._recover(loss)
-            self._publish()
+                self._publish()
+
+    def _look_again(self) -> None:
+        """With nothing else to do: were step times really what made something impossible?"""
+        if self._second_look is not None and self._second_look.is_due(time.monotonic()):
+            self._second_look.go_on()
 
     def _patience_ms(self) -> int:
         """How long there is nothing to do unless somebody says something."""
-        until_expiry_s = self.scheduler.next_expiry - time.monotonic()
+        now = time.monotonic()
+        if self._second_look is not None and self._second_look.is_due(now):
+            return 0
+        until_expiry_s = self.scheduler.next_expiry - now
         return ceil(1000 * max(0.0, min(_LOOK_INTERVAL_S, until_expiry_s)))
 
     def fail(self, reason: str) -> None:
@@ -247,6 +261,8 @@ class Engine:
         except SchedulerError as error:
             if not isinstance(error, DuplicateRequest):
                 self._names.forget(name)
+            if isinstance(error, BudgetImpossible) and self._second_look is not None:
+                self._second_look.want()
             self._news.setdefault(frontend, []).append(refusal_of(submit.request_id, error))
 
     def _abort(self, frontend: bytes, request_id: str) -> None:

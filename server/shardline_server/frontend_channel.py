@@ -28,6 +28,11 @@ class FrontendChannel:
         return received
 
     @property
+    def has_message(self) -> bool:
+        """Whether somebody has said something that is not received yet."""
+        return bool(self.socket.poll(0))
+
+    @property
     def num_dropped(self) -> int:
         """Messages that could not be read, and strangers."""
         return self._listener.num_dropped

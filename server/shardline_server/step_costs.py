@@ -5,6 +5,7 @@ import logging
 import os
 import platform
 import time
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from shardline_scheduler import PipeModel, Scheduler, StageModel, StepLoad
 from shardline_scheduler.cost_model import quantile
 from shardline_scheduler.plan import StageTiming
 from shardline_server.engine_config import EngineConfig
+from shardline_server.second_look import SecondLook
 from shardline_server.sweep import Measurements, Sweep
-from shardline_server.worker_group import WorkerGroup
+from shardline_server.worker_group import WorkerFailed, WorkerGroup, WorkerLost
 from shardline_shards.fingerprint import model_fingerprint
 
 logger = logging.getLogger("shardline.engine")
@@ -76,30 +78,62 @@ class StepCosts:
     first request, less if the cached fit still holds; with 0 of them the cache is left alone.
     """
 
-    def __init__(self, scheduler: Scheduler, cache: CostCache, seconds: float) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        workers: WorkerGroup,
+        cache: CostCache,
+        seconds: float,
+        *,
+        vocab_size: int,
+    ) -> None:
         self._scheduler = scheduler
+        self._workers = workers
         self._cache = cache
         self._seconds = seconds
+        self._vocab_size = vocab_size
 
-    def measure(self, workers: WorkerGroup, vocab_size: int) -> None:
+    def measure(self) -> None:
         """Before the first request. Raises WorkerFailed."""
-        seconds = self._seconds
-        if not seconds:
+        if not self._seconds:
             return
-        logger.info("measuring step times for %g s", seconds)
-        started, model = time.monotonic(), self._cache.load()
-        measured = Sweep(self._scheduler, workers, vocab_size).run(
-            seconds if model is None else seconds * _CHECK_PART
-        )
+        logger.info("measuring step times for %g s", self._seconds)
+        try:
+            self._measure()
+        except WorkerLost as loss:
+            raise WorkerFailed(f"while step times were measured: {loss}") from loss
+
+    def _measure(self) -> None:
+        seconds, started, model = self._seconds, time.monotonic(), self._cache.load()
+        measured = self._sweep().run(seconds if model is None else seconds * _CHECK_PART)
         if model is not None and error_of(model, measured) > _CLOSE_ENOUGH:
             logger.warning("the cached step costs are not those of this machine any more")
-            measured = Sweep(self._scheduler, workers, vocab_size).run(seconds)
+            measured = self._sweep().run(seconds)
             model = None
         if model is None:
             model = _fitted(measured)
             self._cache.save(model)
         self._scheduler.start_over(model)
         logger.info("%s, in %.1f s", describe(model), time.monotonic() - started)
+
+    def second_look(self, is_called: Callable[[], bool]) -> SecondLook | None:
+        """For an engine that serves, and has to make way when it `is_called`; None where nothing is
+        to be measured.
+        """
+        if not self._seconds:
+            return None
+        return SecondLook(self._scheduler, lambda: self._sweep(is_called), self._compare)
+
+    def _sweep(self, is_called: Callable[[], bool] = lambda: False) -> Sweep:
+        return Sweep(self._scheduler, self._workers, self._vocab_size, is_called)
+
+    def _compare(self, measured: Measurements) -> None:
+        """Take over what was measured now, if planning with it is something else."""
+        model, better = self._scheduler.cost_model, _fitted(measured)
+        if better.is_ready and distance(model, better, measured) > _CLOSE_ENOUGH:
+            model.become(better)
+            self._cache.save(model)
+            logger.warning("steps take other times than was thought; %s", describe(model))
 
     def observe(self, timing: StageTiming) -> None:
         """Learn what a step took of a stage."""
@@ -137,13 +171,34 @@ def _fitted(measured: Measurements) -> PipeModel:
 
 
 def error_of(model: PipeModel, measured: Measurements) -> float:
-    """How far off a fit is: of steps with prompts and of those without, the worse median of the
-    relative errors. Decodes are most of what is measured, and prompts that are priced at many times
-    their cost would keep everybody out who has a limit, so that nobody would ever teach better.
+    """How far off a fit is from what was measured."""
+    return _worst_median(
+        (sample.load, abs(stage.seconds(sample.load) / sample.seconds - 1))
+        for stage, samples in zip(model.stages, measured.samples, strict=True)
+        for sample in samples
+    )
+
+
+def distance(model: PipeModel, other: PipeModel, measured: Measurements) -> float:
+    """How far apart the times are that two fits plan with, margins included, for what was measured;
+    as a part of the other one's.
     """
-    errors: dict[bool, list[float]] = {}
-    for stage, samples in zip(model.stages, measured.samples, strict=True):
-        for sample in samples:
-            error = abs(stage.seconds(sample.load) / sample.seconds - 1)
-            errors.setdefault(sample.load.num_prefill_tokens > 0, []).append(error)
-    return max((quantile(kind, 0.5) for kind in errors.values()), default=0.0)
+    return _worst_median(
+        (
+            sample.load,
+            abs(stage.planned_seconds(sample.load) / same.planned_seconds(sample.load) - 1),
+        )
+        for stage, same, samples in zip(model.stages, other.stages, measured.samples, strict=True)
+        for sample in samples
+    )
+
+
+def _worst_median(errors: Iterable[tuple[StepLoad, float]]) -> float:
+    """Of steps with prompts and of those without, the worse median. Decodes are most of what is
+    measured, and prompts that are priced at many times their cost would keep everybody out who has
+    a limit, so that nobody would ever teach better.
+    """
+    kinds: dict[bool, list[float]] = {}
+    for load, error in errors:
+        kinds.setdefault(load.num_prefill_tokens > 0, []).append(error)
+    return max((quantile(kind, 0.5) for kind in kinds.values()), default=0.0)

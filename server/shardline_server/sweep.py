@@ -1,16 +1,18 @@
-"""Some seconds of measuring before the first request: how long steps of several sizes take."""
+"""Measuring how long steps of several sizes take: for some seconds before the first request, or a
+little at a time while there is nothing else to do.
+"""
 
 import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import cycle
 
 from shardline_scheduler import Request, Sample, Scheduler, StepLoad
 from shardline_scheduler.cost_model import MIN_SAMPLES
 from shardline_scheduler.plan import SamplingParams, StageTiming, StepPlan, StepResult
-from shardline_server.worker_group import WorkerFailed, WorkerGroup, WorkerLost
+from shardline_server.worker_group import WorkerGroup
 from shardline_shards.messages import StageReport
 
 logger = logging.getLogger("shardline.engine")
@@ -18,6 +20,7 @@ logger = logging.getLogger("shardline.engine")
 _REPORTS_TAKE_S = 2.0
 _ENOUGH_STEPS = 2 * MIN_SAMPLES
 _CHECK_INTERVAL_MS = 200
+_PATIENT_ROUNDS = 2
 _STEP_TAKES_S = 10.0  # nothing is known yet; ten times that is allowed
 
 
@@ -60,13 +63,30 @@ class Measurements:
     trips: list[tuple[StepLoad, float]] = field(default_factory=list)
 
 
-class Sweep:
-    """Sends throw-away requests through an idle scheduler, one step in flight at a time."""
+class Interrupted(Exception):
+    """Somebody wants to be served."""
 
-    def __init__(self, scheduler: Scheduler, workers: WorkerGroup, vocab_size: int) -> None:
+
+class Sweep:
+    """Sends throw-away requests through an idle scheduler, one step in flight at a time.
+
+    After each step `is_called` says whether it should make way; if it is called at every turn, the
+    third time it goes on to the end of a shape. Raises WorkerLost.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        workers: WorkerGroup,
+        vocab_size: int,
+        is_called: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._scheduler = scheduler
         self._workers = workers
         self._vocab_size = vocab_size
+        self._is_called = is_called
+        self._shapes = [shape for shape in SHAPES if self._fits(shape)]
+        self._num_shapes_tried = 0
         self._random = random.Random(0)
         self._loads: dict[int, StepLoad] = {}
         self._timings: list[StageTiming] = []
@@ -78,17 +98,35 @@ class Sweep:
         is too little to learn from.
 
         The first step of each kind of load is left out: memory has to be touched and kernels be
-        chosen. Raises WorkerFailed.
+        chosen.
         """
         started = time.monotonic()
-        shapes = [shape for shape in SHAPES if self._fits(shape)]
-        for _, shape in zip(range(3 * len(shapes)), cycle(shapes), strict=False):
+        for _ in range(3 * len(self._shapes)):
             elapsed = time.monotonic() - started
             if elapsed >= seconds and (len(self._loads) >= _ENOUGH_STEPS or elapsed >= 3 * seconds):
                 break
+            self.run_next()
+        return self.finish()
+
+    def run_next(self) -> None:
+        """Measure one more shape, or what of it nobody interrupts."""
+        shape = self._shapes[self._num_shapes_tried % len(self._shapes)]
+        self._num_shapes_tried += 1
+        with suppress(Interrupted):
             self._run(shape)
+
+    def finish(self) -> Measurements:
+        """What has been measured, as far as stages have told it before somebody calls."""
         self._await_reports()
         return self._measurements()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is enough to learn from, of prompts and of decodes."""
+        num_decodes = sum(load.num_decodes > 0 for load in self._loads.values())
+        num_prompts = sum(load.num_prefill_tokens > 0 for load in self._loads.values())
+        is_round_over = self._num_shapes_tried >= len(self._shapes)
+        return is_round_over and min(num_decodes, num_prompts) >= MIN_SAMPLES
 
     def _fits(self, shape: Shape) -> bool:
         config = self._scheduler.config
@@ -130,6 +168,12 @@ class Sweep:
             result = self._await_result()
             self._trips[plan.step_id] = time.monotonic() - started
             self._scheduler.commit(result, time.monotonic())
+            if self._scheduler.has_requests and self._has_to_make_way():
+                raise Interrupted
+
+    def _has_to_make_way(self) -> bool:
+        is_patient = self._num_shapes_tried <= _PATIENT_ROUNDS * len(self._shapes)
+        return is_patient and self._is_called()
 
     def _await_result(self) -> StepResult:
         while True:
@@ -142,22 +186,23 @@ class Sweep:
         num_expected = len(self._loads) * self._scheduler.config.num_stages
         deadline = time.monotonic() + _REPORTS_TAKE_S
         for _ in self._messages(
-            lambda: len(self._timings) < num_expected and time.monotonic() < deadline
+            lambda: (
+                len(self._timings) < num_expected
+                and time.monotonic() < deadline
+                and not self._is_called()
+            )
         ):
             pass
 
     def _messages(self, is_wanted: Callable[[], bool]) -> Iterator[StepResult | StageReport]:
         """What workers say, as long as it is wanted; their timings are kept."""
         while is_wanted():
-            try:
-                if not self._workers.socket.poll(_CHECK_INTERVAL_MS):
-                    self._check_workers()
-                    continue
-                for message in self._workers.results():
-                    self._keep(message)
-                    yield message
-            except WorkerLost as loss:
-                raise WorkerFailed(f"while step times were measured: {loss}") from loss
+            if not self._workers.socket.poll(_CHECK_INTERVAL_MS):
+                self._check_workers()
+                continue
+            for message in self._workers.results():
+                self._keep(message)
+                yield message
 
     def _check_workers(self) -> None:
         """Raises WorkerLost for who has died, is stopped, or hangs."""
@@ -166,10 +211,8 @@ class Sweep:
         self._workers.check_hang(_STEP_TAKES_S)
 
     def _keep(self, message: StepResult | StageReport) -> None:
-        if isinstance(message, StageReport):
-            self._timings += message.timings
-        elif message.timing is not None:
-            self._timings.append(message.timing)
+        timings = message.timings if isinstance(message, StageReport) else [message.timing]
+        self._timings += [one for one in timings if one is not None and one.step_id in self._loads]
 
     def _measurements(self) -> Measurements:
         firsts = _first_steps(self._loads)

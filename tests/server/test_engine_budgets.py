@@ -1,6 +1,7 @@
 """Latency budgets in a real engine with real workers: refused, kept, ended, told and counted."""
 
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from tests.tiny import save_tiny
 
 from shardline_scheduler import ClassStats, LatencyBudget, OnMiss, Priority
 from shardline_scheduler.plan import SamplingParams
-from shardline_server.messages import Delta
+from shardline_server.messages import Delta, PipeStats
 from shardline_shards.layout import ParallelLayout
 
 TWO_STAGES = ParallelLayout(tp=1, stage_layers=(2, 1))
@@ -125,3 +126,25 @@ def test_a_soft_budget_that_is_lost_is_served_all_the_same(unmeasured) -> None:
     outcome, last = result(unmeasured, "late")
     assert (outcome.finish_reason, len(outcome.token_ids)) == ("length", 5)
     assert last.budget is not None and not last.budget.met
+
+
+def test_an_idle_engine_measures_again_after_it_has_called_something_impossible(
+    model: Path, tmp_path: Path
+) -> None:
+    """It does not say so: that there were more steps than requests need shows it, and nothing else
+    that is counted does.
+    """
+    with running_engine(model, TWO_STAGES, measure_s=0.5, cache_dir=str(tmp_path)) as engine:
+        submit(engine, "never", NOTHING)
+        assert result(engine, "never")[1].error_code == "BudgetImpossible"
+        num_before = engine.stats.num_steps
+        for number in count(1):
+            while not isinstance(engine.receive_any(), PipeStats):
+                pass
+            submit(engine, f"usual-{number}", AN_HOUR, num_output=1)
+            assert result(engine, f"usual-{number}")[0].finish_reason == "length"
+            if engine.stats.num_steps - num_before > 4 * number:
+                break
+        stats = counted(engine)
+        assert (stats.num_met, stats.num_refused) == (number, 1)
+        assert engine.stats.num_prefix_queries == 50 * number

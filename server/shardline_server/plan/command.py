@@ -89,7 +89,9 @@ def _measure(config: EngineConfig) -> tuple[int, PipeModel]:
         num_blocks = workers.start()
         scheduler = Scheduler(config.scheduler_config(num_blocks))
         cache = CostCache(Path(config.cache_dir), config)
-        StepCosts(scheduler, cache, config.measure_s).measure(workers, config.vocab_size)
+        StepCosts(
+            scheduler, workers, cache, config.measure_s, vocab_size=config.vocab_size
+        ).measure()
     except WorkerFailed as failure:
         raise ConfigError(str(failure)) from failure
     finally:
