@@ -16,8 +16,8 @@ import zmq
 from machine import machine_facts
 from tables import markdown
 
-from shardline_server.gate import Gate, LaunchKeys
 from shardline_shards.channel import Endpoint, connect
+from shardline_shards.gate import Gate, LaunchKeys
 
 SIZES = (200, 2_000, 20_000, 200_000)
 NUM_WARM, NUM_TIMED = 300, 3000

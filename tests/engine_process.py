@@ -18,7 +18,6 @@ from shardline_scheduler.plan import SamplingParams
 from shardline_server.child import start_child_process, stop_child_processes
 from shardline_server.engine_config import EngineAddress, EngineConfig
 from shardline_server.engine_signals import LEAVE
-from shardline_server.gate import LaunchKeys
 from shardline_server.messages import (
     Abort,
     Delta,
@@ -35,6 +34,7 @@ from shardline_server.messages import (
     ToEngine,
 )
 from shardline_shards.channel import Endpoint, connect
+from shardline_shards.gate import LaunchKeys
 from shardline_shards.layout import ParallelLayout
 
 TIMEOUT_MS = 120_000

@@ -4,6 +4,7 @@ CURVE (ZMTP 3.1, RFC 26) does it. The side that binds has one pair of keys; all 
 another, and know the first one's public key. Here is the side that connects.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ import zmq
 from msgspec import Struct
 
 _Message = TypeVar("_Message")
+_monitor_numbers = itertools.count()
 
 
 class ClientKeys(Struct, frozen=True, kw_only=True):
@@ -43,6 +45,16 @@ def connect(socket: zmq.Socket[Any], endpoint: Endpoint) -> None:
     socket.curve_publickey = keys.public.encode()
     socket.curve_secretkey = keys.secret.encode()
     socket.connect(endpoint.address)
+
+
+def monitor(socket: zmq.Socket[Any], events: int) -> zmq.Socket[Any]:
+    """Where to hear what becomes of a socket's connections; whoever asks closes it."""
+    address = f"inproc://events/{next(_monitor_numbers)}"  # one that was used is not free at once
+    socket.monitor(address, events)
+    heard: zmq.Socket[Any] = socket.context.socket(zmq.PAIR)
+    heard.set_hwm(0)  # else ZMQ's own thread would wait until somebody asks
+    heard.connect(address)
+    return heard
 
 
 def read(decode: Callable[[bytes], _Message], frames: Sequence[bytes]) -> _Message:

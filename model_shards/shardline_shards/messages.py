@@ -71,18 +71,17 @@ class ProfileOutcome(Struct, frozen=True):
 
 
 class Joined(Struct, frozen=True, array_like=True, tag=True):
-    """A worker is there; rank 0 also says where it keeps the rendezvous store."""
+    """A worker is there, and at this address for the others, if they have to know one."""
 
     rank: int
     generation: int
-    store_port: int | None
+    address: str | None
 
 
 class Rendezvous(Struct, frozen=True, array_like=True, tag=True):
-    """Where the store is that the process groups are formed with."""
+    """The addresses of all workers, by rank."""
 
-    host: str
-    port: int
+    addresses: list[str | None]
 
 
 class Loaded(Struct, frozen=True, array_like=True, tag=True):
@@ -128,7 +127,12 @@ class Failed(Struct, frozen=True, array_like=True, tag=True):
 
 
 class Dropped(Struct, frozen=True, array_like=True, tag=True):
-    """A worker got something that it could not read."""
+    """A worker dropped so many more messages and connections, of the engine (`worker`), or where it
+    receives tensors (`tensor`).
+    """
+
+    channel: str
+    num: int
 
 
 class StageReport(Struct, frozen=True, array_like=True, tag=True):

@@ -10,10 +10,10 @@ import sys
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from shardline_shards.attention.cpu import load_kernel
+from shardline_shards.exchange import ExchangeCollectives
 
 _TOKEN_BYTES = 16
 
@@ -21,14 +21,13 @@ _TOKEN_BYTES = 16
 class SharedMemoryCollectives:
     """Sums and gathers of the CPU kernel.
 
-    gloo's messages cost 100 µs and more each, these a few. Raises RuntimeError when another rank
-    is gone.
+    Messages cost 100 µs and more each, these a few. Raises RuntimeError when another rank is gone.
     """
 
-    def __init__(self, memory: Any, group: dist.ProcessGroup) -> None:
+    def __init__(self, memory: Any, rank: int, size: int) -> None:
         self.memory = memory
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
+        self.rank = rank
+        self.size = size
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in the order of ranks, accumulated in fp32."""
@@ -45,28 +44,25 @@ class SharedMemoryCollectives:
         self.memory.leave()
 
 
-def share_memory(group: dist.ProcessGroup) -> SharedMemoryCollectives | None:
-    """Collectives over `group`, or None on every rank if any of them cannot share memory.
+def share_memory(exchange: ExchangeCollectives) -> SharedMemoryCollectives | None:
+    """Collectives among the same ranks, or None on every rank if any of them cannot share memory.
 
     That is so where ranks are on several nodes, or have no compiled kernel.
     """
-    is_first = dist.get_rank(group) == 0
-    descriptor, ticket = _create(dist.get_world_size(group)) if is_first else (-1, _no_ticket())
-    dist.broadcast(ticket, group=group, group_src=0)
+    rank, size = exchange.rank, exchange.size
+    descriptor, ticket = _create(size) if rank == 0 else (-1, _no_ticket())
+    ticket = exchange.all_gather(ticket)[0]
     memory = None
     try:
-        if not is_first:
+        if rank != 0:
             descriptor = _open(ticket)
         if descriptor >= 0:
-            memory = torch.classes.shardline.SharedMemory(
-                descriptor, dist.get_rank(group), dist.get_world_size(group)
-            )
-        is_there = torch.tensor([int(memory is not None)])
-        dist.all_reduce(is_there, dist.ReduceOp.MIN, group=group)
+            memory = torch.classes.shardline.SharedMemory(descriptor, rank, size)
+        answers = exchange.all_gather(torch.tensor([memory is not None]))
     finally:
         if descriptor >= 0:
             os.close(descriptor)
-    return SharedMemoryCollectives(memory, group) if is_there.item() else None
+    return SharedMemoryCollectives(memory, rank, size) if all(answers) else None
 
 
 def _no_ticket() -> Tensor:

@@ -6,13 +6,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from zlib import crc32
 
 import msgspec
 import torch
-import zmq
 from torch import Tensor
-from torch._C._distributed_c10d import TCPStore
 
 from shardline_scheduler.plan import (
     NewRequest,
@@ -23,19 +20,19 @@ from shardline_scheduler.plan import (
 )
 from shardline_shards.attention import KVShape, PagesAhead, allocate_kv, select_backend
 from shardline_shards.batch import BatchBuilder, RequestTable, StepBatch
-from shardline_shards.channel import Endpoint, Unreadable, connect, read
 from shardline_shards.checkpoint import LoadReport, load_dummy, load_weights
+from shardline_shards.communicators import Communicators
 from shardline_shards.decode_graphs import CudaRecorder, DecodeGraphs, sizes_up_to
-from shardline_shards.distributed import Communicators, host_store
 from shardline_shards.drawing import draw_prompt_logprobs, draw_tokens, share_drawn
+from shardline_shards.engine_channel import EngineChannel
 from shardline_shards.errors import LostPeer, ShardError, UnsupportedModel
 from shardline_shards.host_memory import available_memory
 from shardline_shards.ledger import Ledger, Operation
+from shardline_shards.mesh_communicators import MeshCommunicators
 from shardline_shards.messages import (
     Allocate,
     Dropped,
     Failed,
-    FromWorker,
     Joined,
     Loaded,
     Lost,
@@ -46,10 +43,9 @@ from shardline_shards.messages import (
     Stop,
     ToWorker,
     WorkerConfig,
-    decode_to_worker,
-    encode,
     worker_name,
 )
+from shardline_shards.nccl import GroupCommunicators
 from shardline_shards.process import pin_to
 from shardline_shards.stage import Stage
 from shardline_shards.stage_model import build_stage_model, load_config
@@ -58,46 +54,6 @@ from shardline_shards.step_timer import Part, StepTimer, TimingLog
 logger = logging.getLogger("shardline.worker")
 
 _IDLE_MS = 10  # without a message for so long, a worker uses its time for itself
-
-
-class EngineChannel:
-    """The worker's end of the control channel."""
-
-    def __init__(self, engine: Endpoint, name: bytes) -> None:
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.IDENTITY, name)
-        self._socket.setsockopt(zmq.LINGER, 1000)
-        connect(self._socket, engine)
-        self.checksum = 0
-
-    def send(self, message: FromWorker) -> None:
-        """Queue a message for the engine."""
-        self._socket.send(encode(message))
-
-    def has_message(self, within_ms: int) -> bool:
-        """Whether the engine has said something, or does so within that time."""
-        return bool(self._socket.poll(within_ms))
-
-    def receive(self) -> ToWorker:
-        """Wait for the engine's next message; `checksum` is of its bytes, the same to all ranks.
-
-        What cannot be read is dropped, and the engine told so.
-        """
-        while True:
-            frames = self._socket.recv_multipart()
-            try:
-                message = read(decode_to_worker, frames)
-            except Unreadable as error:
-                logger.warning("dropped what the engine sent: %s", error)
-                self.send(Dropped())
-                continue
-            self.checksum = crc32(frames[0])
-            return message
-
-    def close(self) -> None:
-        """Send what is queued, then leave."""
-        self._socket.close()
-        zmq.Context.instance().term()
 
 
 class Worker:
@@ -110,17 +66,15 @@ class Worker:
         self.device = _device(config)
         self.generation = config.generation
         self.channel = EngineChannel(config.engine, worker_name(self.rank, config.generation))
-        self.communicators = Communicators(
-            config.layout, config.place, config.host, self.device, ledger
-        )
+        self.communicators = _communicators(config, self.device, ledger)
         self.requests = RequestTable()
         self.timer = StepTimer(config.place.stage_index)
         self.timings = TimingLog()
         self.batches: BatchBuilder | None = None
         self.graphs: DecodeGraphs | None = None
         self._pages: PagesAhead | None = None
-        self._store: TCPStore | None = None
         self._is_cut_off = True
+        self._num_dropped = 0
 
     def run(self) -> None:
         """Load, then do what the engine says until it says stop."""
@@ -167,24 +121,18 @@ class Worker:
 
     def _leave_groups(self) -> None:
         self._is_cut_off = True
-        self._store = None
         self.ledger.rest()
         self.graphs = None
         self.communicators.abandon()
 
     def _join(self) -> None:
-        """Say that we are there; rank 0 opens the store that all meet at."""
-        if self.rank == 0 and self.config.layout.world_size > 1:
-            self._store = host_store(self.config.host, self.config.layout.world_size)
-        port = self._store.port if self._store else None
-        self.channel.send(Joined(self.rank, self.generation, port))
+        """Say that we are there, and where."""
+        address = self.communicators.open(self.generation)
+        self.channel.send(Joined(self.rank, self.generation, address))
 
     def _meet(self, rendezvous: Rendezvous) -> None:
-        """Form the groups and try the way through all ranks; from then on plans are executed."""
-        if self._store is not None:
-            self.communicators.form(self._store)
-        elif self.config.layout.world_size > 1:
-            self.communicators.form_at(rendezvous.host, rendezvous.port)
+        """Find all ranks and try the way through them; from then on plans are executed."""
+        self.communicators.form(rendezvous.addresses)
         self._is_cut_off = False
         self._record_graphs()
         self._try_out()
@@ -292,21 +240,36 @@ class Worker:
         return self.stage.kv_shape(config.block_size, config.layout.tp, config.place.tp_rank)
 
     def _next_message(self) -> ToWorker:
-        """Wait for it; the timings of the last steps are not kept back meanwhile."""
-        if self.timings.has_any and not self.channel.has_message(TimingLog.MAX_AGE_MS):
-            self._report_timings()
-        if self._pages is not None:
-            self._touch_ahead(self._pages)
+        """Wait for it, and meanwhile do what can wait for idle time."""
+        self._report_dropped()
+        is_idle = False
+        while not self._has_message(self._patience_ms(is_idle)):
+            self._use_idle_time()
+            is_idle = True
         return self.channel.receive()
 
-    def _touch_ahead(self, pages: PagesAhead) -> None:
-        """As long as the engine says nothing."""
-        patience_ms = _IDLE_MS
-        while pages.are_wanted(self.requests.num_blocks_used):
-            if self.channel.has_message(patience_ms):
-                return
-            pages.touch()
-            patience_ms = 0
+    def _has_message(self, within_ms: int | None) -> bool:
+        return self.channel.has_message(within_ms, self.communicators.connections)
+
+    def _patience_ms(self, is_idle: bool) -> int | None:
+        if self.timings.has_any:
+            return TimingLog.MAX_AGE_MS
+        if self._pages is not None and self._pages.are_wanted(self.requests.num_blocks_used):
+            return 0 if is_idle else _IDLE_MS
+        return None
+
+    def _use_idle_time(self) -> None:
+        self._report_dropped()
+        if self.timings.has_any:
+            self._report_timings()
+        elif self._pages is not None and self._pages.are_wanted(self.requests.num_blocks_used):
+            self._pages.touch()
+
+    def _report_dropped(self) -> None:
+        """Strangers that have come to where tensors are received."""
+        if new := self.communicators.num_dropped - self._num_dropped:
+            self._num_dropped += new
+            self.channel.send(Dropped("tensor", new))
 
     def _execute(self, plan: StepPlan) -> None:
         self.timer.lap(Part.PLAN_WAIT)
@@ -355,7 +318,7 @@ class Worker:
         link, stage = self.communicators.previous, self.stage
         if link is None:
             return lambda: None
-        return link.begin_receive(num_tokens, stage.hidden_size, stage.dtype, self.device)
+        return link.begin_receive(num_tokens, stage.hidden_size, stage.dtype)
 
     def _draw(self, step_id: int, batch: StepBatch, logits: Tensor) -> StepResult:
         self.ledger.note(Operation.DRAW, logits.shape, is_shared=False)
@@ -373,6 +336,13 @@ def _refusing() -> Iterator[None]:
         yield
     except NotImplementedError as error:
         raise UnsupportedModel(str(error)) from error
+
+
+def _communicators(config: WorkerConfig, device: torch.device, ledger: Ledger) -> Communicators:
+    layout, place, host = config.layout, config.place, config.host
+    if device.type == "cuda":
+        return GroupCommunicators(layout, place, ledger, host, device)
+    return MeshCommunicators(layout, place, ledger, host, config.engine.keys)
 
 
 def _device(config: WorkerConfig) -> torch.device:

@@ -31,7 +31,6 @@ from shardline_server.deltas import delta_of, failure_of, refusal_of
 from shardline_server.engine_config import EngineAddress, EngineConfig
 from shardline_server.engine_signals import Leaving, StopSignal
 from shardline_server.frontend_channel import FrontendChannel, RequestNames
-from shardline_server.gate import Gate
 from shardline_server.messages import (
     Abort,
     Delta,
@@ -52,6 +51,7 @@ from shardline_server.stage_watch import StageWatch
 from shardline_server.step_costs import CostCache, StepCosts
 from shardline_server.timing import TimingListener
 from shardline_server.worker_group import WorkerFailed, WorkerGroup, WorkerLost
+from shardline_shards.gate import Gate
 from shardline_shards.messages import StageReport
 from shardline_shards.process import start_child
 

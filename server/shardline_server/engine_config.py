@@ -3,7 +3,7 @@
 from msgspec import Struct
 
 from shardline_scheduler import SchedulerConfig
-from shardline_server.gate import LaunchKeys
+from shardline_shards.gate import LaunchKeys
 from shardline_shards.layout import ParallelLayout
 from shardline_shards.partition import LayerTimes
 

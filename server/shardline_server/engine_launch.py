@@ -11,7 +11,6 @@ from shardline_server.child import start_child_process, stop_child_processes
 from shardline_server.engine_config import EngineAddress, EngineConfig
 from shardline_server.engine_signals import LEAVE
 from shardline_server.errors import ConfigError
-from shardline_server.gate import LaunchKeys
 from shardline_server.layer_profile import find_layer_times
 from shardline_server.model_facts import ModelFacts, read_model_facts
 from shardline_server.node_capacity import count_gpus
@@ -19,6 +18,7 @@ from shardline_server.node_launchers import Launch
 from shardline_server.node_plan import plan_head
 from shardline_server.settings import ServeSettings
 from shardline_shards.channel import Endpoint
+from shardline_shards.gate import LaunchKeys
 from shardline_shards.layout import ParallelLayout, check_stages, even_stages
 from shardline_shards.partition import LayerTimes, cut_stages
 

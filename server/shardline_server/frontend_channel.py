@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from shardline_server.gate import Gate, Listener
 from shardline_server.messages import FromEngine, ToEngine
+from shardline_shards.gate import Gate, Listener
 
 
 class FrontendChannel:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from shardline_server.engine_config import EngineConfig, NodesConfig
 from shardline_server.errors import ConfigError
-from shardline_server.gate import Gate
 from shardline_server.node_capacity import own_capacity
 from shardline_server.node_watch import NodeWatch
 from shardline_server.placement import Capacity, Placement
@@ -20,6 +19,7 @@ from shardline_server.rendezvous import (
 )
 from shardline_server.worker_placement import describe_crossing, place_on
 from shardline_shards.fingerprint import model_fingerprint
+from shardline_shards.gate import Gate
 from shardline_shards.messages import WorkerConfig
 
 logger = logging.getLogger("shardline.engine")

@@ -14,9 +14,9 @@ import zmq
 from msgspec import Struct
 
 from shardline_server.child import ChildExits
-from shardline_server.gate import Gate, Listener
 from shardline_server.local_workers import Death, WorkerState
 from shardline_shards.channel import Endpoint, Unreadable, connect, read
+from shardline_shards.gate import Gate, Listener
 from shardline_shards.layout import Place
 from shardline_shards.ledger import Entry
 

@@ -147,7 +147,7 @@ def open_board(address: BoardAddress, secret: str) -> NoteBoard:
         listener = socket.create_server((address.host, address.port))
     except OSError as error:
         raise ConfigError(f"--rendezvous {address} cannot be opened: {error.strerror}") from error
-    from shardline_shards.distributed import open_store
+    from shardline_shards.store import open_store
 
     _hush_store()
     return _make_board(open_store(listener, _NUM_ENDS), address, secret)
@@ -163,7 +163,7 @@ def find_board(address: BoardAddress, secret: str, deadline: float) -> NoteBoard
             if time.monotonic() >= deadline:
                 raise ConfigError(f"no head answers at {address} ({error})") from error
             time.sleep(_SLICE_S / 5)  # refused at once; there is nothing to wait on
-    from shardline_shards.distributed import join_store
+    from shardline_shards.store import join_store
 
     _hush_store()
     return _make_board(join_store(address.host, address.port, _NUM_ENDS), address, secret)

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
@@ -10,12 +11,12 @@ from shardline_scheduler.plan import StepPlan, StepResult
 from shardline_server.engine_config import EngineConfig
 from shardline_server.errors import ConfigError
 from shardline_server.forming_watch import FormingWatch
-from shardline_server.gate import Gate, Listener
 from shardline_server.head import Head
 from shardline_server.local_workers import Death
 from shardline_server.step_watch import StepWatch, find_divergence, find_stuck
 from shardline_server.worker_placement import place_alone
 from shardline_server.workforce import Workforce
+from shardline_shards.gate import Gate, Listener
 from shardline_shards.layout import Place
 from shardline_shards.messages import (
     Allocate,
@@ -88,7 +89,7 @@ class WorkerGroup:
         self._first_step_id: int | None = None
         self._forming = FormingWatch((), time.monotonic(), steps_s=0.0)
         self._steps = StepWatch()
-        self._num_dropped_by_workers = 0
+        self._dropped_by_workers: Counter[str] = Counter(worker=0, tensor=0)
 
     def start(self) -> int:
         """Start every worker and wait until all are ready; returns the number of KV blocks.
@@ -169,7 +170,8 @@ class WorkerGroup:
 
     def num_dropped(self) -> dict[str, int]:
         """What either side of a channel has dropped since the start, by channel."""
-        drops = {"worker": self._listener.num_dropped + self._num_dropped_by_workers}
+        drops = dict(self._dropped_by_workers)
+        drops["worker"] += self._listener.num_dropped
         if self._head is not None:
             drops["node"] = self._head.watch.num_dropped
         return drops
@@ -243,7 +245,8 @@ class WorkerGroup:
                 self._joined[message.rank] = message
                 self._forming.answered(self.config.layout.place(message.rank))
                 if len(self._joined) == len(self._ranks):
-                    self._send_all(Rendezvous(self.config.host, self._store_port()))
+                    addresses = [self._joined[rank].address for rank in self._ranks]
+                    self._send_all(Rendezvous(addresses))
             case Ready() if message.generation == self.generation:
                 self._ready.add(message.rank)
 
@@ -257,9 +260,6 @@ class WorkerGroup:
         if loaded.generation != self.generation:  # it was not there yet when the others were told
             self._send(loaded.rank, Reform(self.generation))
         self._send(loaded.rank, Allocate(self._num_blocks))
-
-    def _store_port(self) -> int:
-        return next((joined.store_port for joined in self._joined.values() if joined.store_port), 0)
 
     def check_forming(self) -> None:
         """Raise WorkerLost if somebody keeps the others waiting, as they come together or in the
@@ -315,7 +315,7 @@ class WorkerGroup:
     def _accept(self, name: bytes, message: FromWorker) -> FromWorker | None:
         """A message that has come; None instead of one that is too late. Raises WorkerLost."""
         if isinstance(message, Dropped):
-            self._num_dropped_by_workers += 1
+            self._dropped_by_workers[message.channel] += message.num
             return None
         if name not in self._names:
             return None

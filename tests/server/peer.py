@@ -11,7 +11,6 @@ import zmq
 
 from shardline_scheduler import Accuracy
 from shardline_scheduler.plan import TokenLogprobs
-from shardline_server.gate import Gate, LaunchKeys, Listener
 from shardline_server.messages import (
     Abort,
     Delta,
@@ -24,6 +23,7 @@ from shardline_server.messages import (
     Submit,
     ToEngine,
 )
+from shardline_shards.gate import Gate, LaunchKeys, Listener
 
 WAIT_S = 30
 STATS = EngineStats(3, 2, 100, 25, 10, 1, 40, 30, 7, 2, [], Accuracy())

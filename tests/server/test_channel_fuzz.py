@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.engine_process import engine_config, running_engine_of
 from tests.server.peer import STATS
-from tests.server.strangers import dealer, knock
+from tests.strangers import dealer, knock
 
 from shardline_scheduler.plan import (
     NewRequest,
@@ -86,13 +86,16 @@ CHANNELS: dict[str, tuple[Decode, list[object]]] = {
             Drops({"worker": 1}),
         ],
     ),
-    "to a worker": (decode_to_worker, [PLAN, Rendezvous("127.0.0.1", 9), Reform(1), Stop()]),
+    "to a worker": (
+        decode_to_worker,
+        [PLAN, Rendezvous(["tcp://127.0.0.1:9", None]), Reform(1), Stop()],
+    ),
     "from a worker": (
         decode_from_worker,
         [
             RESULT,
             StageReport([TIMING], 1.0),
-            Joined(0, 0, 9),
+            Joined(0, 0, "tcp://127.0.0.1:9"),
             Loaded(0, 0, 9, 9, 9, 9, "cpu"),
             Failed(0, 0, "no", True),
         ],

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 import pytest
-from tests.server.strangers import (
+from tests.strangers import (
     RAW_BYTES,
     WAIT_MS,
     WRONG_KEYS,
@@ -20,13 +20,13 @@ from torch.distributed import HashStore
 
 from shardline_server.child import ChildExits
 from shardline_server.errors import ConfigError
-from shardline_server.gate import Gate, LaunchKeys, Listener
 from shardline_server.local_workers import WorkerState
 from shardline_server.messages import Hello, ToEngine
 from shardline_server.node_watch import Beat, HeadWatch, NodeWatch
 from shardline_server.rendezvous import Assignment, Job, NoteBoard
 from shardline_server.workforce import Workforce
 from shardline_shards.channel import Endpoint
+from shardline_shards.gate import Gate, LaunchKeys, Listener
 from shardline_shards.layout import Place
 from shardline_shards.ledger import Ledger, Operation
 

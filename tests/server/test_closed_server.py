@@ -12,13 +12,13 @@ import pytest
 from tests.engine_process import engine_config
 from tests.server.conftest import running_engine_process
 from tests.server.running import RunningFrontend, running_frontend
-from tests.server.strangers import RAW_BYTES, dealer, knock
 from tests.server.test_step_watch import plan_of
+from tests.strangers import RAW_BYTES, dealer, knock
 
 from shardline_scheduler.plan import StepResult
 from shardline_server.engine_launch import EngineProcess
-from shardline_server.gate import Gate
 from shardline_server.worker_group import WorkerGroup
+from shardline_shards.gate import Gate
 from shardline_shards.layout import ParallelLayout
 
 ASKED = {"prompt": [5, 6, 7], "max_tokens": 8, "temperature": 0, "return_token_ids": True}
@@ -92,10 +92,13 @@ def test_strangers_at_every_port_are_counted_and_change_nothing(
 ) -> None:
     before, dropped = generate(running), drops(running)
     processes = processes_of(engine)
-    for host, port in listening(processes[0]):
+    ports = {"frontend": 1, "worker": 1, "tensor": len(processes) - 1}
+    addresses = [address for process in processes for address in listening(process)]
+    assert len(addresses) == sum(ports.values())
+    for host, port in addresses:
         for payload in RAW_BYTES.values():
             knock(f"tcp://{host}:{port}", payload)
-    wanted = {channel: dropped[channel] + len(RAW_BYTES) for channel in ("frontend", "worker")}
+    wanted = {channel: dropped[channel] + n * len(RAW_BYTES) for channel, n in ports.items()}
     wait_for_drops(running, wanted)
     assert generate(running) == before
     assert all(process.is_running() for process in processes)
@@ -110,9 +113,8 @@ def test_what_peers_send_that_is_no_message_is_counted_and_changes_nothing(
             for name in (b"\xff", b"another", b"0.0"):  # the last is a worker's already
                 peer = dealer(f"tcp://{host}:{port}", engine._keys, name)
                 peers.enter_context(peer).send(b"\xc1 no message")
-        wait_for_drops(
-            running, {"frontend": dropped["frontend"] + 3, "worker": dropped["worker"] + 2}
-        )
+        wanted = {"frontend": dropped["frontend"] + 3, "worker": dropped["worker"] + 2}
+        wait_for_drops(running, dropped | wanted)
         assert generate(running) == before
 
 
@@ -131,7 +133,7 @@ def test_a_worker_drops_what_it_cannot_read_and_the_engine_counts_it(
             assert group.socket.poll(30_000)
             results += group.results()
         assert isinstance(results[0], StepResult)
-        assert group.num_dropped() == {"worker": 1}
+        assert group.num_dropped() == {"worker": 1, "tensor": 0}
     finally:
         group.kill()
         gate.close()

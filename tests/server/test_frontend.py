@@ -11,9 +11,9 @@ from tests.server.running import running_frontend
 
 from shardline_server.errors import ConfigError
 from shardline_server.frontend import Addresses, Frontend, FrontendConfig
-from shardline_server.gate import LaunchKeys
 from shardline_server.messages import EngineRecovering
 from shardline_shards.channel import Endpoint
+from shardline_shards.gate import LaunchKeys
 
 
 def start(folder, **values):

@@ -16,8 +16,8 @@ from shardline_scheduler.plan import (
     StageTiming,
     StepPlan,
 )
-from shardline_server.gate import Gate
 from shardline_server.worker_group import WorkerGroup
+from shardline_shards.gate import Gate
 from shardline_shards.layout import ParallelLayout
 from shardline_shards.messages import StageReport
 

@@ -10,7 +10,6 @@ from tests.engine_process import engine_config
 from tests.tiny import save_tiny
 
 from shardline_scheduler.plan import NewRequest, SamplingParams, ScheduledRequest, StepPlan
-from shardline_server.gate import Gate
 from shardline_server.step_watch import (
     HANG_FACTOR,
     HANG_FLOOR_S,
@@ -19,6 +18,7 @@ from shardline_server.step_watch import (
     find_stuck,
 )
 from shardline_server.worker_group import WorkerGroup, WorkerLost
+from shardline_shards.gate import Gate
 from shardline_shards.layout import ParallelLayout, Place
 from shardline_shards.ledger import Ledger, Operation
 

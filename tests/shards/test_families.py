@@ -5,18 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import Store
 from transformers import AutoModelForCausalLM
 
 from shardline_scheduler.plan import NewRequest, SamplingParams, ScheduledRequest, StepPlan
 from shardline_shards.attention import KVShape, allocate_kv, select_backend
 from shardline_shards.batch import BatchBuilder, RequestTable
 from shardline_shards.checkpoint import LoadReport, load_weights
-from shardline_shards.distributed import Communicators
 from shardline_shards.layout import ParallelLayout, deal_heads
 from shardline_shards.ledger import Ledger
 from shardline_shards.stage import Stage
 from shardline_shards.stage_model import build_stage_model, load_config
-from tests.shards.ranks import HOST, RankPool
+from tests.shards.ranks import RankPool, formed
 from tests.tiny import FAMILIES, VOCAB_SIZE, save_tiny
 
 BLOCK_SIZE = 4
@@ -83,7 +83,7 @@ def make_plans(sequences: list[list[int]]) -> list[StepPlan]:
 
 
 def run_rank(
-    store: object,
+    store: Store,
     rank: int,
     layout: ParallelLayout,
     folder: Path,
@@ -92,8 +92,7 @@ def run_rank(
 ) -> tuple[dict[tuple[int, int], list[float]], LoadReport]:
     """One rank of a split model executes plans; rank (last stage, tp 0) returns logits by token."""
     device, place = torch.device("cpu"), layout.place(rank)
-    communicators = Communicators(layout, place, HOST, device, Ledger.create())
-    communicators.form(store)  # type: ignore[arg-type]
+    communicators = formed(store, layout, rank, Ledger.create())
     config, weights = load_config(folder), getattr(torch, dtype)
     model = build_stage_model(config, layout, place, communicators.collectives, weights, device)
     report = load_weights(model, folder, device)
@@ -115,9 +114,7 @@ def run_rank(
         hidden = None
         if communicators.previous is not None:
             width = stage.hidden_size
-            hidden = communicators.previous.begin_receive(
-                batch.num_tokens, width, stage.dtype, device
-            )()
+            hidden = communicators.previous.begin_receive(batch.num_tokens, width, stage.dtype)()
         output = stage.run(batch, hidden)
         if communicators.next is not None:
             communicators.next.send(output)

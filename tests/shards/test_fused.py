@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardline_scheduler.plan import NewRequest, SamplingParams, ScheduledRequest, StepPlan
-from shardline_shards import collectives
+from shardline_shards import mesh_communicators
 from shardline_shards.attention import KVShape, allocate_kv, select_backend
 from shardline_shards.batch import BatchBuilder, RequestTable
 from shardline_shards.checkpoint import load_weights
@@ -117,12 +117,12 @@ def test_positions_beyond_the_first_table(tmp_path: Path, monkeypatch: pytest.Mo
 
 def run_rank_by_messages(store: dist.Store, rank: int, *args: object) -> object:
     """As where the ranks of a stage are on several nodes."""
-    share_memory = collectives.share_memory
-    collectives.share_memory = lambda group: None
+    share_memory = mesh_communicators.share_memory
+    mesh_communicators.share_memory = lambda exchange: None
     try:
         return run_rank(store, rank, *args)  # type: ignore[arg-type]
     finally:
-        collectives.share_memory = share_memory
+        mesh_communicators.share_memory = share_memory
 
 
 @pytest.mark.parametrize("layout", ["2x1", "2x2"])

@@ -12,18 +12,20 @@ from torch import Tensor
 from shardline_shards import shared_memory
 from shardline_shards.attention.cpu import load_kernel
 from shardline_shards.collectives import StageCollectives
+from shardline_shards.communicators import Communicators
 from shardline_shards.errors import LostPeer
+from shardline_shards.layout import ParallelLayout
 from shardline_shards.ledger import Ledger
-from tests.shards.ranks import RankPool
+from tests.shards.ranks import RankPool, formed
 
 SLOT_BYTES = 1 << 22
 
 
-def form(store: dist.Store, rank: int, size: int) -> StageCollectives:
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    stage = StageCollectives(rank, size, Ledger.create())
-    stage.form(dist.new_group(list(range(size))), torch.device("cpu"))
-    return stage
+def form(store: dist.Store, rank: int, size: int) -> tuple[Communicators, StageCollectives]:
+    layout = ParallelLayout(tp=size, stage_layers=(1,))
+    own = formed(store, layout, rank, Ledger.create())
+    assert isinstance(own.collectives, StageCollectives)
+    return own, own.collectives
 
 
 def part(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -31,11 +33,11 @@ def part(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def sums(store: dist.Store, rank: int, size: int, shapes: list[tuple[int, ...]], dtype: str):
-    stage = form(store, rank, size)
-    kind = type(stage._group()).__name__
+    own, stage = form(store, rank, size)
+    kind = type(stage._met()).__name__
     inputs = [part(rank, shape, getattr(torch, dtype)) for shape in shapes]
     outputs = [stage.all_reduce(tensor).tolist() for tensor in inputs]
-    dist.destroy_process_group()
+    own.close()
     return kind, outputs
 
 
@@ -52,11 +54,11 @@ def test_sums_have_the_same_bits_on_every_rank(ranks: RankPool, dtype: str) -> N
 
 
 def gathers(store: dist.Store, rank: int, size: int, shape: tuple[int, ...], sizes: list[int]):
-    stage = form(store, rank, size)
+    own, stage = form(store, rank, size)
     tensor = part(rank, (*shape, sizes[rank]), torch.float32)
     outputs = [stage.gather_last_dim(tensor, sizes) for _ in range(3)]
     total = stage.all_reduce(torch.ones(2))  # rounds of both kinds may follow each other
-    dist.destroy_process_group()
+    own.close()
     return [output.tolist() for output in outputs], total.tolist()
 
 
@@ -70,16 +72,16 @@ def test_rank_0_gathers_uneven_parts(ranks: RankPool, shape: tuple[int, ...]) ->
 
 
 def waits_for_one_that_left(store: dist.Store, rank: int) -> str:
-    stage = form(store, rank, 2)
+    own, stage = form(store, rank, 2)
     message = ""
     if rank == 0:
-        stage.abandon()
+        own.abandon()
     else:
         try:
             stage.all_reduce(torch.ones(1))
         except LostPeer as error:
             message = str(error)
-    dist.destroy_process_group()
+    own.close()
     return message
 
 
@@ -110,11 +112,12 @@ def falls_back(store: dist.Store, rank: int) -> tuple[str, list[float]]:
     open_memory = shared_memory._open
     if rank == 1:
         shared_memory._open = lambda ticket: -1  # as on another node, where the path is not there
-    stage = form(store, rank, 2)
+    own, stage = form(store, rank, 2)
     shared_memory._open = open_memory
     total = stage.all_reduce(torch.ones(2)).tolist()
-    dist.destroy_process_group()
-    return type(stage._group()).__name__, total
+    kind = type(stage._met()).__name__
+    own.close()
+    return kind, total
 
 
 def test_all_ranks_exchange_messages_where_one_cannot_share(ranks: RankPool) -> None:

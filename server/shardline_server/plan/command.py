@@ -11,7 +11,6 @@ from shardline_scheduler import PipeModel, Scheduler
 from shardline_server.engine_config import EngineConfig
 from shardline_server.engine_launch import plan_engine
 from shardline_server.errors import ConfigError
-from shardline_server.gate import Gate
 from shardline_server.plan.memory import StageMemory, estimate_blocks, stage_memory
 from shardline_server.plan.nodes import find_nodes_plan, parse_memory
 from shardline_server.plan.report import print_costs, print_nodes, print_split, print_times
@@ -19,6 +18,7 @@ from shardline_server.settings import ServeSettings
 from shardline_server.step_costs import CostCache, StepCosts
 from shardline_server.worker_group import WorkerFailed, WorkerGroup
 from shardline_server.worker_placement import place_alone
+from shardline_shards.gate import Gate
 from shardline_shards.sources import resolve_model
 
 logger = logging.getLogger("shardline.plan")

@@ -9,8 +9,8 @@ import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from shardline_server.gate import LaunchKeys, Listener
 from shardline_shards.channel import ClientKeys, Endpoint, connect
+from shardline_shards.gate import LaunchKeys, Listener
 
 WAIT_MS = 30_000
 # What somebody may send who has found a port and knows nothing else.

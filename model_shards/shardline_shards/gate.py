@@ -12,8 +12,8 @@ import zmq
 from msgspec import Struct
 from zmq.auth.thread import ThreadAuthenticator
 
-from shardline_server.strangers import StrangerCount
 from shardline_shards.channel import ClientKeys, Endpoint, Unreadable, read
+from shardline_shards.strangers import StrangerCount
 
 logger = logging.getLogger("shardline.gate")
 
@@ -33,6 +33,12 @@ class LaunchKeys(Struct, frozen=True, kw_only=True):
         public, secret = _key_pair()
         client = ClientKeys(server_public=server_public, public=public, secret=secret)
         return cls(server_secret=server_secret, client=client)
+
+    @classmethod
+    def among_clients(cls, keys: ClientKeys) -> "LaunchKeys":
+        """Those by which processes that share `keys` let each other in, and nobody else."""
+        own = ClientKeys(server_public=keys.public, public=keys.public, secret=keys.secret)
+        return cls(server_secret=keys.secret, client=own)
 
     def __repr__(self) -> str:
         return "LaunchKeys(…)"
@@ -98,6 +104,11 @@ class Listener(Generic[_Message]):
     def num_dropped(self) -> int:
         """Messages that could not be read, and connections that did not come in."""
         return self._num_unreadable + self._strangers.count()
+
+    @property
+    def connections(self) -> zmq.Socket[bytes]:
+        """Readable when connections have come or gone that `num_dropped` does not know of yet."""
+        return self._strangers.events
 
     def receive(self) -> tuple[bytes, _Message] | None:
         """The next message and who sent it, if one is there."""

@@ -3,6 +3,8 @@
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from shardline_shards.channel import monitor
+
 _EVENTS = zmq.Event.ACCEPTED | zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
 
 
@@ -18,26 +20,22 @@ class StrangerCount:
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
         """Before the socket is bound."""
         self._socket = socket
-        address = f"inproc://events-of-{id(self)}"
-        socket.monitor(address, _EVENTS)
-        self._events = socket.context.socket(zmq.PAIR)
-        self._events.set_hwm(0)  # else ZMQ's own thread would wait until somebody asks
-        self._events.connect(address)
+        self.events = monitor(socket, _EVENTS)
         self._open: set[int] = set()
         self._num_proven = 0
         self._num_strangers = 0
 
     def count(self) -> int:
         """How many have come and gone."""
-        while self._events.poll(0):
-            event = recv_monitor_message(self._events)
+        while self.events.poll(0):
+            event = recv_monitor_message(self.events)
             self._note(event["event"], int(event["value"]))
         return self._num_strangers
 
     def close(self) -> None:
         """Before the socket is closed."""
         self._socket.disable_monitor()
-        self._events.close(linger=0)
+        self.events.close(linger=0)
 
     def _note(self, event: int, descriptor: int) -> None:
         match event:

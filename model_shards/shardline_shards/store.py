@@ -1,0 +1,35 @@
+"""The store that nodes find each other at, and that NCCL's groups meet at."""
+
+import socket
+from datetime import timedelta
+
+from torch._C._distributed_c10d import TCPStore
+
+# Ranks meet when all have said that they are there, so who does not come soon has died meanwhile.
+FORM_LIMIT = timedelta(seconds=10)
+
+
+def host_store(host: str, world_size: int) -> TCPStore:
+    """A store on a port that the system chooses; `store.port` tells it to the others."""
+    return open_store(socket.create_server((host, 0)), world_size)
+
+
+def open_store(listener: socket.socket, world_size: int) -> TCPStore:
+    """A store behind a bound socket; left to itself it would listen at every address."""
+    host, port = listener.getsockname()[:2]
+    return TCPStore(
+        host,
+        port,
+        world_size,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=FORM_LIMIT,
+        master_listen_fd=listener.detach(),
+    )
+
+
+def join_store(host: str, port: int, world_size: int) -> TCPStore:
+    """A client of the store at `host:port`."""
+    return TCPStore(
+        host, port, world_size, is_master=False, wait_for_workers=False, timeout=FORM_LIMIT
+    )
