@@ -20,11 +20,11 @@ from shardline_scheduler import (
     StepLoad,
 )
 from shardline_scheduler.plan import SamplingParams
-from shardline_server.gate import Gate
 from shardline_server.second_look import SecondLook
 from shardline_server.step_costs import CostCache, StepCosts, distance, error_of
 from shardline_server.sweep import Measurements
 from shardline_server.worker_group import WorkerGroup, WorkerLost
+from shardline_shards.gate import Gate
 from shardline_shards.layout import ParallelLayout
 
 DECODES = [StepLoad(0, count, 64 * count, 0) for count in range(1, 13)]
