@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from shardline_scheduler import Request, Sample, Scheduler, StepLoad
+from shardline_scheduler import Request, Sample, Scheduler, SchedulerConfig, StepLoad
 from shardline_scheduler.cost_model import MIN_SAMPLES
 from shardline_scheduler.plan import SamplingParams, StageTiming, StepPlan, StepResult
 from shardline_server.worker_group import WorkerGroup
@@ -36,6 +36,11 @@ class Shape:
     num_outputs: int = 1
     num_shared: int = 0
 
+    @property
+    def num_own(self) -> int:
+        """Tokens of each prompt that are computed."""
+        return self.num_tokens - self.num_shared
+
 
 # In the order of what is missed most; a slow machine gets through a few of them only.
 SHAPES = (
@@ -52,7 +57,24 @@ SHAPES = (
     Shape(64, count=4, num_outputs=4),
     Shape(32),
     Shape(8, count=32, num_outputs=4),
+    Shape(264, count=32, num_outputs=4, num_shared=256),
 )
+
+
+def shapes_for(config: SchedulerConfig) -> list[Shape]:
+    """Those that such a scheduler has room for, each in steps of its own."""
+    return [shape for shape in SHAPES if _fits(shape, config)]
+
+
+def _fits(shape: Shape, config: SchedulerConfig) -> bool:
+    num_tokens = shape.num_tokens + shape.num_outputs
+    num_blocks = shape.count * (-(-num_tokens // config.block_size) + 1)
+    return (
+        num_tokens <= config.max_request_tokens
+        and num_blocks <= config.num_blocks
+        and shape.count <= min(config.max_num_seqs, config.max_num_waiting)
+        and max(shape.num_own * shape.count, shape.num_shared) <= config.max_num_batched_tokens
+    )
 
 
 @dataclass(slots=True)
@@ -85,7 +107,7 @@ class Sweep:
         self._workers = workers
         self._vocab_size = vocab_size
         self._is_called = is_called
-        self._shapes = [shape for shape in SHAPES if self._fits(shape)]
+        self._shapes = shapes_for(scheduler.config)
         self._num_shapes_tried = 0
         self._random = random.Random(0)
         self._loads: dict[int, StepLoad] = {}
@@ -128,24 +150,13 @@ class Sweep:
         is_round_over = self._num_shapes_tried >= len(self._shapes)
         return is_round_over and min(num_decodes, num_prompts) >= MIN_SAMPLES
 
-    def _fits(self, shape: Shape) -> bool:
-        config = self._scheduler.config
-        num_tokens = shape.num_tokens + shape.num_outputs
-        num_blocks = shape.count * (-(-num_tokens // config.block_size) + 1)
-        return (
-            num_tokens <= config.max_request_tokens
-            and num_blocks <= config.num_blocks
-            and shape.count <= min(config.max_num_seqs, config.max_num_waiting)
-            and shape.num_tokens * shape.count <= config.max_num_batched_tokens
-        )
-
     def _run(self, shape: Shape) -> None:
         shared = self._prompt(shape.num_shared)
         if shared:
             self._add(shared, 1)
             self._finish()
         for _ in range(shape.count):
-            prompt = shared + self._prompt(shape.num_tokens - shape.num_shared)
+            prompt = shared + self._prompt(shape.num_own)
             self._add(prompt, shape.num_outputs)
         self._finish()
 

@@ -17,18 +17,21 @@ from shardline_scheduler import (
     Request,
     Sample,
     Scheduler,
+    SchedulerConfig,
     StepLoad,
 )
+from shardline_scheduler.cost_model import KNEES
 from shardline_scheduler.plan import SamplingParams
 from shardline_server.second_look import SecondLook
 from shardline_server.step_costs import CostCache, StepCosts, distance, error_of
-from shardline_server.sweep import Measurements
+from shardline_server.sweep import Measurements, shapes_for
 from shardline_server.worker_group import WorkerGroup, WorkerLost
 from shardline_shards.gate import Gate
 from shardline_shards.layout import ParallelLayout
 
 DECODES = [StepLoad(0, count, 64 * count, 0) for count in range(1, 13)]
 PROMPTS = [StepLoad(64, 0, 0, 2016), StepLoad(128, 0, 0, 8128)]
+CONFIG = SchedulerConfig(num_blocks=4096, max_model_len=2048)
 NOW: Prices = (10e-3, 1e-3, 1e-3, 0.0, 0.0)
 
 
@@ -55,6 +58,19 @@ def test_fits_that_plan_with_other_margins_are_apart() -> None:
     (stage,) = careful.stages
     stage.memory_bound.margin = stage.compute_bound.margin = 2.0
     assert distance(careful, same, measured(NOW)) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("knee", KNEES)
+def test_in_either_range_there_are_decodes_near_and_far_from_their_beginnings(knee: int) -> None:
+    """Else noise tells what context costs from what a decode costs, and steps that are never tried
+    may be priced at anything.
+    """
+    shapes = [shape for shape in shapes_for(CONFIG) if shape.num_outputs > 1]
+    for contexts in (
+        {shape.num_tokens for shape in shapes if shape.count <= knee},
+        {shape.num_tokens for shape in shapes if shape.count > knee},
+    ):
+        assert not contexts or max(contexts) > 10 * min(contexts)
 
 
 @pytest.fixture
