@@ -1,4 +1,4 @@
-"""Workers of another node die, and streams go on as if nothing had been. Needs root."""
+"""Workers of either node die, and streams go on as if nothing had been. Needs root."""
 
 import asyncio
 import contextlib
@@ -27,6 +27,7 @@ SPLITS = {
 class Launch:
     """A launch that goes on during several tests, and what its streams say if left alone."""
 
+    head: subprocess.Popen[str]
     node: subprocess.Popen[str]
     doors: tuple[str, str]
     undisturbed: list[Said]
@@ -38,7 +39,7 @@ def launch(request: pytest.FixtureRequest, hosts: Hosts, tiny_model: Path) -> It
         doors = (http, f"grpc://{head.stdout.readline().split()[-1]}")
         undisturbed = read_streams(doors[::-1], lambda: None)
         assert {said.finish_reason for said in undisturbed} == {"length", "stop"}
-        yield Launch(node, doors, undisturbed)
+        yield Launch(head, node, doors, undisturbed)
 
 
 def workers_of(node: subprocess.Popen[str]) -> dict[str, psutil.Process]:
@@ -66,9 +67,14 @@ def last_loss(launch: Launch) -> str:
     return httpx.get(f"{launch.doors[0]}/health", timeout=30).json()["last_loss"]
 
 
-@pytest.mark.parametrize("victims", [slice(1), slice(None)], ids=["one", "all"])
-def test_streams_outlive_workers_of_another_node(launch: Launch, victims: slice) -> None:
-    before = workers_of(launch.node)
+@pytest.mark.parametrize(
+    ("where", "victims"),
+    [("node", slice(1)), ("node", slice(None)), ("head", slice(-1, None)), ("head", slice(None))],
+    ids=["the node's first", "all of the node", "the head's last", "all of the head"],
+)
+def test_streams_outlive_workers(launch: Launch, where: str, victims: slice) -> None:
+    process = launch.node if where == "node" else launch.head
+    before = workers_of(process)
     names = [name for name in sorted(before) if "stage" in name]
 
     def kill() -> None:
@@ -76,9 +82,10 @@ def test_streams_outlive_workers_of_another_node(launch: Launch, victims: slice)
             before[name].kill()
 
     assert read_disturbed(launch, kill) == launch.undisturbed
-    after = workers_of(launch.node)
+    after = workers_of(process)
     assert [name for name in names if after[name] != before[name]] == names[victims]
-    how = r"the worker of stage [12], tp rank [01] on node 1 \(.*\) was killed by signal 9, at step"
+    node = r" on node 1 \(.*\)" if where == "node" else ""
+    how = rf"the worker of stage \d, tp rank \d{node} was killed by signal 9, at step"
     assert re.search(how, last_loss(launch).replace("idle after step", "at step"))
 
 
