@@ -1,7 +1,7 @@
 """The side of our channels that binds: who has the launch's keys comes in, nobody else does.
 
 The keys come in the configuration that a process reads from its standard input, and reach other
-nodes in sealed notes (`rendezvous.py`).
+nodes in sealed notes (`rendezvous.py`), on a board whose own keys follow from the launch's secret.
 """
 
 import logging
@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 import zmq
 from msgspec import Struct
 from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils import z85
 
 from shardline_shards.channel import ClientKeys, Endpoint, Unreadable, read
 from shardline_shards.strangers import StrangerCount
@@ -33,6 +34,17 @@ class LaunchKeys(Struct, frozen=True, kw_only=True):
         public, secret = _key_pair()
         client = ClientKeys(server_public=server_public, public=public, secret=secret)
         return cls(server_secret=server_secret, client=client)
+
+    @classmethod
+    def of(cls, server_secret: bytes, client_secret: bytes) -> "LaunchKeys":
+        """Those that follow from two secrets of 32 bytes."""
+        server, own = z85.encode(server_secret), z85.encode(client_secret)
+        client = ClientKeys(
+            server_public=zmq.curve_public(server).decode(),
+            public=zmq.curve_public(own).decode(),
+            secret=own.decode(),
+        )
+        return cls(server_secret=server.decode(), client=client)
 
     @classmethod
     def among_clients(cls, keys: ClientKeys) -> "LaunchKeys":
@@ -83,12 +95,15 @@ def _quiet_log() -> logging.Logger:
 
 
 class Listener(Generic[_Message]):
-    """A ROUTER at one address of this node, on a port that the system chooses.
+    """A ROUTER at one address of this node, on a port that the system chooses, or on a given one.
 
     What cannot be read is dropped and counted, and so are the connections of strangers.
     """
 
-    def __init__(self, gate: Gate, host: str, decode: Callable[[bytes], _Message]) -> None:
+    def __init__(
+        self, gate: Gate, host: str, decode: Callable[[bytes], _Message], port: int | None = None
+    ) -> None:
+        """Raises ZMQError if it cannot listen there."""
         self._decode = decode
         self._num_unreadable = 0
         self.socket = gate.context.socket(zmq.ROUTER)
@@ -96,9 +111,16 @@ class Listener(Generic[_Message]):
         self.socket.curve_server = True
         self.socket.curve_secretkey = gate.keys.server_secret.encode()
         self._strangers = StrangerCount(self.socket)
-        self.socket.bind(f"tcp://{host}:*")
+        self._bind(f"tcp://{host}:{port or '*'}")
         address = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.endpoint = Endpoint(address=address, keys=gate.keys.client)
+
+    def _bind(self, address: str) -> None:
+        try:
+            self.socket.bind(address)
+        except zmq.ZMQError:
+            self.close(linger_ms=0)
+            raise
 
     @property
     def num_dropped(self) -> int:

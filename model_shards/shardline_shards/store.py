@@ -1,4 +1,4 @@
-"""The store that nodes find each other at, and that NCCL's groups meet at."""
+"""Torch's store: NCCL's groups meet at ours, and a launcher's nodes at its own."""
 
 import socket
 from datetime import timedelta
@@ -10,13 +10,12 @@ FORM_LIMIT = timedelta(seconds=10)
 
 
 def host_store(host: str, world_size: int) -> TCPStore:
-    """A store on a port that the system chooses; `store.port` tells it to the others."""
-    return open_store(socket.create_server((host, 0)), world_size)
+    """A store on a port that the system chooses; `store.port` tells it to the others.
 
-
-def open_store(listener: socket.socket, world_size: int) -> TCPStore:
-    """A store behind a bound socket; left to itself it would listen at every address."""
-    host, port = listener.getsockname()[:2]
+    It is given a bound socket: left to itself it would listen at every address.
+    """
+    listener = socket.create_server((host, 0))
+    port = listener.getsockname()[1]
     return TCPStore(
         host,
         port,

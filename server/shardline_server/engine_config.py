@@ -9,9 +9,10 @@ from shardline_shards.partition import LayerTimes
 
 
 class BoardAddress(Struct, frozen=True, kw_only=True):
-    """Where the nodes of a launch leave notes for each other: a store, and a prefix of its keys.
+    """Where the nodes of a launch leave notes for each other.
 
-    The head opens the store, unless it `is_kept_by_launcher`.
+    The head keeps this board, unless it `is_kept_by_launcher`, in a store that others may use too:
+    names of notes have a `prefix` there.
     """
 
     host: str

@@ -4,6 +4,7 @@ import logging
 import time
 from pathlib import Path
 
+from shardline_server.board_keeper import BoardKeeper
 from shardline_server.engine_config import EngineConfig, NodesConfig
 from shardline_server.errors import ConfigError
 from shardline_server.node_capacity import own_capacity
@@ -14,7 +15,8 @@ from shardline_server.rendezvous import (
     Job,
     NodeFacts,
     NoteBoard,
-    open_board,
+    find_board,
+    keep_board,
     own_versions,
 )
 from shardline_server.worker_placement import describe_crossing, place_on
@@ -24,6 +26,8 @@ from shardline_shards.messages import WorkerConfig
 
 logger = logging.getLogger("shardline.engine")
 
+_OPEN_LIMIT_S = 10.0  # for the own board, or for the launcher's
+
 
 class Head:
     """Gathers the nodes of a launch and deals workers to them, node by node."""
@@ -32,6 +36,7 @@ class Head:
         self._config = config
         self._nodes = nodes
         self.watch = NodeWatch(gate, config.host)
+        self._keeper: BoardKeeper | None = None
         self._board: NoteBoard | None = None
         self._come: list[NodeFacts] = []
 
@@ -40,7 +45,7 @@ class Head:
 
         Raises ConfigError, also to the nodes, if one is missing or does not fit.
         """
-        self._board = board = open_board(self._nodes.board, self._nodes.secret)
+        self._board = board = self._open_board()
         board.put("job", self._job())
         try:
             self._come = self._gather(board)
@@ -57,6 +62,24 @@ class Head:
             own = [workers[rank] for rank in ranks]
             self._board.put(f"assignment/{number}", self._assignment(own))
         return [workers[rank] for rank in placement.ranks[0]]
+
+    def num_dropped(self) -> dict[str, int]:
+        """What has been dropped on the channels to the nodes, by channel."""
+        drops = {"node": self.watch.num_dropped}
+        return drops if self._keeper is None else drops | {"rendezvous": self._keeper.num_dropped}
+
+    def close(self) -> None:
+        """Take the board away."""
+        if self._board is not None:
+            self._board.close()
+        if self._keeper is not None:
+            self._keeper.close()
+
+    def _open_board(self) -> NoteBoard:
+        address, secret = self._nodes.board, self._nodes.secret
+        if not address.is_kept_by_launcher:
+            self._keeper = keep_board(address, secret)
+        return find_board(address, secret, time.monotonic() + _OPEN_LIMIT_S)
 
     def _place(self, come: list[NodeFacts]) -> Placement:
         nodes = [own_capacity(self._config.device), *(node.capacity for node in come)]

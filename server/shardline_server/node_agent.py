@@ -3,6 +3,7 @@
 import logging
 import signal
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -120,8 +121,12 @@ def _follow(answer: Answer, workers: LocalWorkers) -> None:
 def _join(settings: NodeSettings) -> tuple[str, Assignment]:
     """Find the head, check that we fit, get work. Raises ConfigError."""
     deadline = time.monotonic() + settings.join_timeout
+    with closing(find_board(settings.board, settings.secret, deadline)) as board:
+        return _take_part(board, deadline, settings)
+
+
+def _take_part(board: NoteBoard, deadline: float, settings: NodeSettings) -> tuple[str, Assignment]:
     where = settings.board
-    board = find_board(where, settings.secret, deadline)
     job = board.take("job", Job, deadline, lambda: f"the head at {where} offers no job")
     number = _take_number(board, job, settings.number)
     address = settings.address or own_address(where.host, where.port)

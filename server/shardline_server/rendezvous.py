@@ -1,8 +1,9 @@
-"""How nodes find the head: a store at the head's address, and sealed notes in it.
+"""How nodes find the head: a board at the head's address, and sealed notes on it.
 
 The head writes a `Job`; each other node answers with its `NodeFacts`, and gets an `Assignment`,
 which holds the keys to all other channels. Notes are encrypted and authenticated under the launch's
-secret, so a stranger can neither join nor mislead, nor read them.
+secret, so a stranger can neither join nor mislead, nor read them; where the head keeps the board,
+he cannot reach it at all.
 """
 
 import hashlib
@@ -12,29 +13,28 @@ import socket
 import time
 import timeit
 from collections.abc import Callable
-from datetime import timedelta
 from importlib import metadata
-from typing import TYPE_CHECKING, TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from msgspec import Struct
 
+from shardline_server.board_client import OTHER_SECRET, BoardClient
+from shardline_server.board_keeper import BoardKeeper
 from shardline_server.engine_config import BoardAddress
 from shardline_server.errors import ConfigError
+from shardline_server.launcher_store import join_launcher_store
 from shardline_server.placement import Capacity
 from shardline_shards.channel import Endpoint
+from shardline_shards.gate import LaunchKeys
 from shardline_shards.messages import WorkerConfig
-
-if TYPE_CHECKING:
-    from torch._C._distributed_c10d import Store
 
 _Note = TypeVar("_Note", bound=Struct)
 _SLICE_S = 1.0
 _NUM_PINGS = 10
 _NONCE_BYTES = 12
-_NUM_ENDS = 2  # the store wants a number, and does not wait for it
 
 
 class Job(Struct, frozen=True, kw_only=True):
@@ -71,18 +71,37 @@ class Assignment(Struct, frozen=True, kw_only=True):
     watch: Endpoint | None = None
 
 
+class Store(Protocol):
+    """Where notes and counters are; every method raises ConfigError if the head has gone."""
+
+    def set(self, key: str, content: bytes) -> None:
+        """Write a note."""
+
+    def count(self, key: str) -> int:
+        """Add one to a counter; returns the sum."""
+
+    def is_there(self, key: str, within_s: float) -> bool:
+        """Whether a note comes so soon."""
+
+    def get(self, key: str) -> bytes:
+        """A note that is there."""
+
+    def close(self) -> None:
+        """Hang up."""
+
+
 class NoteBoard:
     """Sealed notes in the store of a rendezvous."""
 
-    def __init__(self, store: "Store", secret: str) -> None:
+    def __init__(self, store: Store, secret: str) -> None:
         self._store = store
-        self._cipher = AESGCM(_derive_key(secret))
+        self._cipher = AESGCM(_derive_key(secret, b"shardline rendezvous"))
 
     def put(self, key: str, note: Struct) -> None:
         """Write a note."""
         nonce = os.urandom(_NONCE_BYTES)
         content = nonce + self._cipher.encrypt(nonce, msgspec.msgpack.encode(note), key.encode())
-        self._store.set(key, content)  # type: ignore[arg-type]  # bytes go as well
+        self._store.set(key, content)
 
     def take(
         self, key: str, kind: type[_Note], deadline: float, missing: Callable[[], str]
@@ -91,10 +110,10 @@ class NoteBoard:
 
         Raises ConfigError: `missing()` if it does not come, or that it cannot be opened or read.
         """
-        while not self._is_there(key):
+        while not self._store.is_there(key, _SLICE_S):
             if time.monotonic() >= deadline:
                 raise ConfigError(missing())
-        payload = self._open(key, bytes(self._store.get(key)))
+        payload = self._open(key, self._store.get(key))
         try:
             return msgspec.msgpack.decode(payload, type=kind)
         except msgspec.ValidationError as error:
@@ -102,82 +121,57 @@ class NoteBoard:
 
     def draw_number(self) -> int:
         """This node's number: 1 for the first that asks."""
-        return int(self._store.add("arrivals", 1))
+        return self._store.count("arrivals")
 
     def claim(self, number: int) -> bool:
         """Whether this is the first node of that number."""
-        return int(self._store.add(f"claims/{number}", 1)) == 1
+        return self._store.count(f"claims/{number}") == 1
 
     def measure_round_trip(self) -> float:
         """Seconds to the head and back, the best of a few."""
-        return min(timeit.repeat(lambda: self._store.add("pings", 1), number=1, repeat=_NUM_PINGS))
+        return min(timeit.repeat(lambda: self._store.count("pings"), number=1, repeat=_NUM_PINGS))
 
-    def _is_there(self, key: str) -> bool:
-        from torch.distributed import DistStoreError
-
-        try:
-            self._store.wait([key], timedelta(seconds=_SLICE_S))
-        except DistStoreError:
-            return False
-        except RuntimeError as error:
-            raise ConfigError(f"the head has gone: {str(error).splitlines()[0]}") from error
-        return True
+    def close(self) -> None:
+        """Hang up; the notes stay."""
+        self._store.close()
 
     def _open(self, key: str, content: bytes) -> bytes:
         nonce, sealed = content[:_NONCE_BYTES], content[_NONCE_BYTES:]
         try:
             return self._cipher.decrypt(nonce, sealed, key.encode())
         except (InvalidTag, ValueError) as error:
-            raise ConfigError(
-                "the secrets of head and node differ; give both the same one"
-            ) from error
+            raise ConfigError(OTHER_SECRET) from error
 
 
-def _derive_key(secret: str) -> bytes:
+def _derive_key(secret: str, purpose: bytes) -> bytes:
     """Slow on purpose (about 50 ms): an operator's secret may be one that can be guessed."""
-    salt = b"shardline rendezvous"
-    return hashlib.scrypt(secret.encode(), salt=salt, n=2**14, r=8, p=1, dklen=32)
+    return hashlib.scrypt(secret.encode(), salt=purpose, n=2**14, r=8, p=1, dklen=32)
 
 
-def open_board(address: BoardAddress, secret: str) -> NoteBoard:
+def derive_keys(secret: str) -> LaunchKeys:
+    """Those of the board's channel: one pair for the head, one for all that come."""
+    server = _derive_key(secret, b"shardline rendezvous: head")
+    client = _derive_key(secret, b"shardline rendezvous: nodes")
+    return LaunchKeys.of(server, client)
+
+
+def keep_board(address: BoardAddress, secret: str) -> BoardKeeper:
     """The head's board, listening at that address and no other. Raises ConfigError if it cannot."""
-    if address.is_kept_by_launcher:
-        return find_board(address, secret, time.monotonic())
     try:
-        listener = socket.create_server((address.host, address.port))
+        host = socket.gethostbyname(address.host)
+        return BoardKeeper(derive_keys(secret), host, address.port)
     except OSError as error:
         raise ConfigError(f"--rendezvous {address} cannot be opened: {error.strerror}") from error
-    from shardline_shards.store import open_store
-
-    _hush_store()
-    return _make_board(open_store(listener, _NUM_ENDS), address, secret)
 
 
 def find_board(address: BoardAddress, secret: str, deadline: float) -> NoteBoard:
-    """The same board, for a node; waits for the head until `deadline`. Raises ConfigError."""
-    while True:
-        try:
-            socket.create_connection((address.host, address.port), timeout=_SLICE_S).close()
-            break
-        except OSError as error:
-            if time.monotonic() >= deadline:
-                raise ConfigError(f"no head answers at {address} ({error})") from error
-            time.sleep(_SLICE_S / 5)  # refused at once; there is nothing to wait on
-    from shardline_shards.store import join_store
+    """The board, for head and nodes alike; waits for it until `deadline` on the monotonic clock.
 
-    _hush_store()
-    return _make_board(join_store(address.host, address.port, _NUM_ENDS), address, secret)
-
-
-def _hush_store() -> None:
-    """The store logs a stack trace for every wait that ends without a note."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
-
-
-def _make_board(store: "Store", address: BoardAddress, secret: str) -> NoteBoard:
-    from torch._C._distributed_c10d import PrefixStore
-
-    return NoteBoard(PrefixStore(address.prefix, store), secret)
+    Raises ConfigError if it does not come, or belongs to another secret.
+    """
+    if address.is_kept_by_launcher:
+        return NoteBoard(join_launcher_store(address, deadline), secret)
+    return NoteBoard(BoardClient(address, derive_keys(secret).client, deadline), secret)
 
 
 def own_versions() -> dict[str, str]:

@@ -173,7 +173,7 @@ class WorkerGroup:
         drops = dict(self._dropped_by_workers)
         drops["worker"] += self._listener.num_dropped
         if self._head is not None:
-            drops["node"] = self._head.watch.num_dropped
+            drops |= self._head.num_dropped()
         return drops
 
     def keep_spare(self) -> None:
@@ -184,7 +184,7 @@ class WorkerGroup:
         """Tell all workers to leave, and see that they do."""
         self._send_all(Stop())
         self._workforce.join()
-        self._listener.close(linger_ms=0)
+        self._close()
 
     def hurry(self) -> None:
         """End this node's workers at once, whoever waits for them; may be called by a signal."""
@@ -193,7 +193,12 @@ class WorkerGroup:
     def kill(self) -> None:
         """End all workers at once."""
         self._workforce.kill()
+        self._close()
+
+    def _close(self) -> None:
         self._listener.close(linger_ms=0)
+        if self._head is not None:
+            self._head.close()
 
     def _place(self) -> list[WorkerConfig]:
         """This node's workers, after every node got its own; layers go where memory is."""

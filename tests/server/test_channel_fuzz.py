@@ -1,8 +1,10 @@
 """Random bytes for every decoder of our channels, and for the live sockets of a real engine."""
 
 import random
+import socket
+import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import msgspec
@@ -24,6 +26,8 @@ from shardline_scheduler.plan import (
     StepResult,
     TokenLogprobs,
 )
+from shardline_server.board_keeper import BoardAnswer, Count, Put, Read, ToBoard
+from shardline_server.engine_config import BoardAddress
 from shardline_server.messages import (
     Abort,
     Delta,
@@ -39,6 +43,7 @@ from shardline_server.messages import (
     ToEngine,
 )
 from shardline_server.node_watch import Answer, Beat
+from shardline_server.rendezvous import find_board, keep_board
 from shardline_shards.channel import Unreadable, read
 from shardline_shards.layout import ParallelLayout, Place
 from shardline_shards.messages import (
@@ -71,6 +76,7 @@ DELTA = Delta("a", 0, [5], [], [], FinishReason.STOP, None, None, 0)
 GREETING = b"\xff" + b"\0" * 8 + b"\x7f\x03\x01CURVE" + b"\0" * 48
 GREETINGS = [b"", GREETING, GREETING + b"\x04\xc8\x05HELLO\x01\x00"]
 Decode = Callable[[bytes], object]
+SECRET = "a secret of the tests"
 # Of each channel and direction: how it is read, and messages that are really sent there.
 CHANNELS: dict[str, tuple[Decode, list[object]]] = {
     "to the engine": (
@@ -101,6 +107,14 @@ CHANNELS: dict[str, tuple[Decode, list[object]]] = {
         ],
     ),
     "to the head": (msgspec.msgpack.Decoder(Beat).decode, [Beat([], 3, True)]),
+    "to the board": (
+        msgspec.msgpack.Decoder(ToBoard).decode,
+        [Put(0, "job", b"sealed"), Read(1, "job"), Count(2, "arrivals")],
+    ),
+    "from the board": (
+        msgspec.msgpack.Decoder(BoardAnswer).decode,
+        [BoardAnswer(1, b"sealed"), BoardAnswer(2, 7)],
+    ),
     "to a node": (msgspec.msgpack.Decoder(Answer).decode, [Answer(restarted=[(Place(0, 0), 1)])]),
 }
 
@@ -155,6 +169,26 @@ def random_payloads(rng: random.Random, decode: Decode) -> Iterator[bytes]:
             read(decode, [payload])
         except Unreadable:
             yield payload
+
+
+def test_a_board_lives_through_all_of_it_and_counts_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = BoardAddress(host="127.0.0.1", port=free.getsockname()[1])
+    rng = random.Random(7)
+    with closing(keep_board(address, SECRET)) as keeper:
+        where, keys = keeper.endpoint.address, keeper.endpoint.keys
+        for _ in range(60):
+            knock(where, rng.choice(GREETINGS) + rng.randbytes(rng.randrange(300)))
+        payloads = list(random_payloads(rng, CHANNELS["to the board"][0]))
+        find = find_board(address, SECRET, time.monotonic() + 30)
+        with dealer(where, keys, b"a peer") as peer, closing(find) as node:
+            for payload in payloads:
+                peer.send(payload)
+            while keeper.num_dropped < 60 + len(payloads):
+                assert node.measure_round_trip() > 0
+            assert node.draw_number() == 1
+        assert keeper.num_dropped == 60 + len(payloads)
+    assert len(payloads) > 150
 
 
 def test_an_engine_lives_through_all_of_it_and_counts_it(tiny_model: Path) -> None:

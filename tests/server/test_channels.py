@@ -20,6 +20,7 @@ from torch.distributed import HashStore
 
 from shardline_server.child import ChildExits
 from shardline_server.errors import ConfigError
+from shardline_server.launcher_store import LauncherStore
 from shardline_server.local_workers import WorkerState
 from shardline_server.messages import Hello, ToEngine
 from shardline_server.node_watch import Beat, HeadWatch, NodeWatch
@@ -142,10 +143,10 @@ def test_head_and_node_drop_what_they_cannot_read_and_the_head_counts_both(
 
 
 def test_notes_show_no_key_and_open_with_the_secret_and_in_their_place_alone() -> None:
-    store, keys = HashStore(), LaunchKeys.create().client
+    store, keys = LauncherStore(HashStore()), LaunchKeys.create().client
     note = Assignment(watch=Endpoint(address="tcp://127.0.0.1:9", keys=keys))
     NoteBoard(store, "a secret").put("assignment/1", note)
-    content = bytes(store.get("assignment/1"))
+    content = store.get("assignment/1")
     for shown in (keys.server_public, keys.public, keys.secret, "tcp://127"):
         assert shown.encode() not in content
     assert take(store, "a secret", "assignment/1") == note
@@ -159,13 +160,13 @@ def test_notes_show_no_key_and_open_with_the_secret_and_in_their_place_alone() -
 
 
 def test_a_note_of_another_version_is_named() -> None:
-    store = HashStore()
+    store = LauncherStore(HashStore())
     NoteBoard(store, "a secret").put("job", Beat())
     with pytest.raises(ConfigError, match="another version of Shardline wrote the note job"):
         NoteBoard(store, "a secret").take("job", Job, time.monotonic(), lambda: "none")
 
 
-def take(store: HashStore, secret: str, key: str) -> Assignment:
+def take(store: LauncherStore, secret: str, key: str) -> Assignment:
     return NoteBoard(store, secret).take(key, Assignment, time.monotonic(), lambda: "none")
 
 

@@ -1,6 +1,10 @@
 """A whole server as a stranger finds it: where it listens, what it shows, what it drops."""
 
+import os
 import re
+import signal
+import socket
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,10 +17,12 @@ from tests.engine_process import engine_config
 from tests.server.conftest import running_engine_process
 from tests.server.running import RunningFrontend, running_frontend
 from tests.server.test_step_watch import plan_of
-from tests.strangers import RAW_BYTES, dealer, knock
+from tests.server.two_nodes import PYTHON, SECRET, ended, read_url_after_join_line
+from tests.strangers import RAW_BYTES, WRONG_KEYS, dealer, knock, wait_until_turned_away
 
 from shardline_scheduler.plan import StepResult
 from shardline_server.engine_launch import EngineProcess
+from shardline_server.rendezvous import derive_keys
 from shardline_server.worker_group import WorkerGroup
 from shardline_shards.gate import Gate
 from shardline_shards.layout import ParallelLayout
@@ -51,12 +57,20 @@ def listening(process: psutil.Process) -> set[tuple[str, int]]:
 
 
 def generate(running: RunningFrontend) -> list[int]:
-    answer = httpx.post(f"{running.addresses.http_url}/v1/completions", json=ASKED, timeout=60)
+    return generate_at(running.addresses.http_url)
+
+
+def generate_at(url: str) -> list[int]:
+    answer = httpx.post(f"{url}/v1/completions", json=ASKED, timeout=60)
     return list(answer.raise_for_status().json()["choices"][0]["token_ids"])
 
 
 def drops(running: RunningFrontend) -> dict[str, int]:
-    text = httpx.get(f"{running.addresses.http_url}/metrics").text
+    return drops_at(running.addresses.http_url)
+
+
+def drops_at(url: str) -> dict[str, int]:
+    text = httpx.get(f"{url}/metrics").text
     found = re.findall(r'internal_messages_dropped_total\{channel="(\w+)".*\} ([\d.]+)', text)
     return {channel: int(float(count)) for channel, count in found}
 
@@ -116,6 +130,53 @@ def test_what_peers_send_that_is_no_message_is_counted_and_changes_nothing(
         wanted = {"frontend": dropped["frontend"] + 3, "worker": dropped["worker"] + 2}
         wait_for_drops(running, dropped | wanted)
         assert generate(running) == before
+
+
+def start(*command: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*PYTHON, *command, "--log-level", "debug"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"SHARDLINE_SECRET": SECRET},
+        start_new_session=True,
+    )
+
+
+def all_of(*heads: subprocess.Popen[str]) -> list[psutil.Process]:
+    own = [psutil.Process(head.pid) for head in heads]
+    return own + [child for process in own for child in process.children(recursive=True)]
+
+
+def test_a_launch_starts_though_strangers_come_to_its_rendezvous_and_shows_no_key_of_it(
+    running: RunningFrontend, tiny_model: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        where = f"127.0.0.1:{free.getsockname()[1]}"
+    address, keys = f"tcp://{where}", derive_keys(SECRET)
+    options = ("--nodes", "2", "--pp", "2", "--dtype", "float32", "--threads-per-worker", "1")
+    doors = ("--port", "0", "--grpc-port", "0")
+    with ended(start("serve", str(tiny_model), *options, *doors, "--rendezvous", where)) as (head,):
+        for kind in WRONG_KEYS.values():
+            with dealer(address, kind(keys.client), b"1") as stranger:
+                stranger.send(b"spoilt")
+                wait_until_turned_away(stranger)
+        for payload in RAW_BYTES.values():
+            knock(address, payload)
+        with ended(start("worker", "--join", where)) as (node,):
+            url = read_url_after_join_line(head, where)
+            assert generate_at(url) == generate(running)
+            while drops_at(url)["rendezvous"] < len(WRONG_KEYS) + len(RAW_BYTES):
+                pass
+            texts = [str((p.cmdline(), p.environ())) for p in all_of(head, node)]
+            head.send_signal(signal.SIGTERM)
+            texts += [text for one in (head, node) for text in one.communicate(timeout=60)]
+            assert (head.returncode, node.returncode) == (0, 0)
+    assert any("has joined" in text for text in texts)
+    for key in (keys.server_secret, *msgspec.structs.astuple(keys.client)):
+        assert not any(key in text for text in texts)
+    with socket.create_server(("127.0.0.1", int(where.rpartition(":")[2]))):
+        pass
 
 
 def test_a_worker_drops_what_it_cannot_read_and_the_engine_counts_it(

@@ -81,12 +81,12 @@ def launched(hosts: Hosts, model: Path, *options: str, port: int = PORT):
         yield head, node, read_url_after_join_line(head)
 
 
-def read_url_after_join_line(head: subprocess.Popen) -> str:
+def read_url_after_join_line(head: subprocess.Popen, where: str = HEAD_ADDRESS) -> str:
     assert head.stdout is not None
     lines = []
     for line in head.stdout:
         lines.append(line)
-        if f"--join {HEAD_ADDRESS}:" in line:
+        if f"--join {where}" in line:
             break
     assert any("SHARDLINE_SECRET=" in line for line in lines), lines
     return read_url(head)
