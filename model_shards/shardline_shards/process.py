@@ -12,7 +12,6 @@ import setproctitle
 LEFT_TO_PARENT = (signal.SIGINT, signal.SIGTERM)
 
 _PR_SET_PDEATHSIG = 1
-_NICENESS = 10
 
 
 def start_child(name: str, parent_pid: int) -> None:
@@ -50,13 +49,3 @@ def pin_to(cpu_ids: tuple[int, ...]) -> None:
     """Run this process on these cores only, where the system can do that; none: on any."""
     if cpu_ids and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cpu_ids)
-
-
-def step_back() -> None:
-    """Let others go first where a core is short; for this thread and those that it starts.
-
-    Front end and engine take a millisecond here and there, for which a client waits. Beside workers
-    that compute without a pause they would get half of what they need.
-    """
-    if hasattr(os, "nice"):
-        os.nice(_NICENESS)

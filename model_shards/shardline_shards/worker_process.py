@@ -15,7 +15,7 @@ import msgspec
 
 from shardline_shards.ledger import Ledger
 from shardline_shards.messages import WorkerConfig
-from shardline_shards.process import name_process, start_child, step_back
+from shardline_shards.process import name_process, start_child
 
 
 def main() -> None:
@@ -31,8 +31,6 @@ def main() -> None:
     config = msgspec.json.decode(line, type=WorkerConfig)
     place = config.place
     name_process(f"worker stage={place.stage_index} tp={place.tp_rank}")
-    if config.device == "cpu":
-        step_back()
     status = run_worker(config, Ledger(int(sys.argv[2])))
     os._exit(status)  # not sys.exit: taking torch down in order costs seconds
 

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from tests.engine_process import (
     EngineConnection,
@@ -130,12 +129,6 @@ def test_an_abort_frees_blocks_while_others_run(engine: EngineConnection) -> Non
     assert engine.stats is not None
     assert engine.stats.num_used_kv_blocks == 0
     engine.outcomes.clear()
-
-
-def test_workers_that_compute_on_cores_leave_them_to_the_engine(engine: EngineConnection) -> None:
-    process = psutil.Process(engine.pid)
-    niceness = {worker.nice() for worker in process.children()}
-    assert niceness == {min(19, process.nice() + 10)}
 
 
 def test_prompt_logprobs_come_once_and_whole(engine: EngineConnection) -> None:
