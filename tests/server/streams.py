@@ -8,8 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
-
 from shardline_client import Client
 
 NUM_STREAMS = 32
@@ -50,7 +48,7 @@ def make_requests() -> list[tuple[list[int], dict[str, Any]]]:
 
 def read_streams(doors: Sequence[str], disturb: Callable[[], None]) -> list[Said]:
     """What each request is told, each over the next door in turn; `disturb` is called once all of
-    them have begun.
+    them have begun, and before any has ended.
     """
     begun = threading.Barrier(NUM_STREAMS + 1, timeout=LONGEST_S / 2)  # breaks for all or nobody
 
@@ -80,11 +78,5 @@ def read_streams(doors: Sequence[str], disturb: Callable[[], None]) -> list[Said
         ]
         begun.wait()
         disturb()
+        assert not any(stream.done() for stream in streams), "it came too late for some"
         return [stream.result() for stream in streams]
-
-
-def num_running(http_url: str) -> int:
-    """Requests that the server is at."""
-    lines = httpx.get(f"{http_url}/metrics", timeout=30).text.splitlines()
-    [line] = [line for line in lines if line.startswith("shardline:num_requests_running")]
-    return int(float(line.split()[-1]))

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from tests.engine_process import engine_config
 from tests.scheduler.machine import Prices, exact_model
@@ -27,7 +26,7 @@ from shardline_server.step_costs import CostCache, StepCosts, distance, error_of
 from shardline_server.sweep import Measurements, shapes_for
 from shardline_server.worker_group import WorkerGroup, WorkerLost
 from shardline_shards.gate import Gate
-from shardline_shards.layout import ParallelLayout
+from shardline_shards.layout import ParallelLayout, Place
 
 DECODES = [StepLoad(0, count, 64 * count, 0) for count in range(1, 13)]
 PROMPTS = [StepLoad(64, 0, 0, 2016), StepLoad(128, 0, 0, 8128)]
@@ -165,7 +164,7 @@ def test_totals_and_shares_are_those_of_requests_alone(workers: WorkerGroup) -> 
 
 def test_a_worker_that_dies_meanwhile_leaves_no_request_behind(workers: WorkerGroup) -> None:
     engine = Engine(workers, exact_model([WRONG, WRONG]), lambda: False)
-    victim = psutil.Process().children()[-1]
+    victim = workers._workforce.local._workers[Place(1, 0)].process
     victim.kill()
     with pytest.raises(WorkerLost):
         engine.look_again()
