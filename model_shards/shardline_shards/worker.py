@@ -254,7 +254,7 @@ class Worker:
     def _patience_ms(self, is_idle: bool) -> int | None:
         if self.timings.has_any:
             return TimingLog.MAX_AGE_MS
-        if self._pages is not None and self._pages.are_wanted(self.requests.num_blocks_used):
+        if self._pages_to_touch() is not None:
             return 0 if is_idle else _IDLE_MS
         return None
 
@@ -262,8 +262,13 @@ class Worker:
         self._report_dropped()
         if self.timings.has_any:
             self._report_timings()
-        elif self._pages is not None and self._pages.are_wanted(self.requests.num_blocks_used):
-            self._pages.touch()
+        elif pages := self._pages_to_touch():
+            pages.touch()
+
+    def _pages_to_touch(self) -> PagesAhead | None:
+        pages = self._pages
+        is_wanted = pages is not None and pages.are_wanted(self.requests.num_blocks_used)
+        return pages if is_wanted else None
 
     def _report_dropped(self) -> None:
         """Strangers that have come to where tensors are received."""
