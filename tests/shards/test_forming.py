@@ -1,28 +1,35 @@
 """Ranks that cannot meet, because one has died meanwhile."""
 
 import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from shardline_shards import mesh
+from shardline_shards import mesh, nccl
 from shardline_shards.communicators import Communicators
 from shardline_shards.errors import LostPeer
 from shardline_shards.layout import ParallelLayout
 from shardline_shards.ledger import Ledger
-from tests.shards.ranks import RankPool, meet, unformed
+from tests.shards.ranks import KINDS, RankPool, meet, unformed
 
 LAYOUT = ParallelLayout(tp=1, stage_layers=(1, 1))
 LIMIT_S = 1.0
 
 
-def come(store: dist.Store, rank: int) -> Any:
+TOLD = {
+    "mesh": "nothing has come from stage 1, tp rank 0 for 1 s",
+    "groups": "the process groups cannot be formed",
+}
+
+
+def come(store: dist.Store, rank: int, kind: str) -> Any:
     """Rank 1 is there the second time only; a limit that is shorter than in earnest holds for who
     waits, and a step may take longer.
     """
-    own = unformed(store, LAYOUT, rank, Ledger.create())
+    own = unformed(store, LAYOUT, rank, Ledger.create(), kind)
     told = None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mesh, "_FORM_LIMIT_S", LIMIT_S)
@@ -34,7 +41,8 @@ def come(store: dist.Store, rank: int) -> Any:
 
 def _wait_in_vain(own: Communicators) -> str:
     address = own.open(0)
-    with pytest.raises(LostPeer) as caught:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(LostPeer) as caught:
+        patch.setattr(nccl, "_STEP_LIMIT", timedelta(seconds=LIMIT_S))
         own.form([address, address])  # it meets itself there, which is not the one it waits for
     own.abandon()
     return str(caught.value)
@@ -52,10 +60,9 @@ def _wait_longer_than_the_limit(own: Communicators) -> list[list[float]]:
     return hidden.tolist()
 
 
-def test_who_meets_nobody_says_so_and_may_meet_others_later(ranks: RankPool) -> None:
-    answers = ranks.call(come, 2)
-    assert [told for told, _ in answers] == [
-        "nothing has come from stage 1, tp rank 0 for 1 s",
-        None,
-    ]
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_meets_nobody_says_so_and_may_meet_others_later(ranks: RankPool, kind: str) -> None:
+    answers = ranks.call(come, 2, kind)
+    told, nothing = [told for told, _ in answers]
+    assert told.startswith(TOLD[kind]) and nothing is None
     assert [hidden for _, hidden in answers] == [[[1.0, 2.0]]] * 2
