@@ -112,7 +112,7 @@ class Ledger:
         _HEAD.pack_into(self._page, 0, *head)
 
     def read(self) -> Entry | None:
-        """What the worker is at; None if it has not begun any step."""
+        """What the worker is at; None if it has not begun anything, nor said that it is ready."""
         step_id, is_running, num_operations, operation, first, last = _HEAD.unpack_from(self._page)
         if not operation:
             return None

@@ -21,8 +21,10 @@ from shardline_shards.process import name_process, start_child
 def main() -> None:
     """Tie this process to its parent, import torch, then be the worker that one asks for."""
     start_child("worker", parent_pid=int(sys.argv[1]))
+    ledger = Ledger(int(sys.argv[2]))
     if sys.argv[3:] == ["spare"]:
         _import_in_idle_time()
+        ledger.rest()  # says that it is ready
     from shardline_shards.worker import run_worker
 
     line = sys.stdin.buffer.readline()
@@ -31,7 +33,7 @@ def main() -> None:
     config = msgspec.json.decode(line, type=WorkerConfig)
     place = config.place
     name_process(f"worker stage={place.stage_index} tp={place.tp_rank}")
-    status = run_worker(config, Ledger(int(sys.argv[2])))
+    status = run_worker(config, ledger)
     os._exit(status)  # not sys.exit: taking torch down in order costs seconds
 
 

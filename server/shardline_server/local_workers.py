@@ -78,6 +78,11 @@ class _WorkerProcess:
     def is_alive(self) -> bool:
         return self.process.poll() is None
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has imported all that a worker needs; said by spare ones alone."""
+        return self.ledger.read() is not None
+
 
 def free_memory_share(device: str, num_workers: int) -> float:
     """The part of the memory that a worker finds free, once loaded, which it takes for KV."""
@@ -108,7 +113,7 @@ class LocalWorkers:
         """Start those workers anew, as far as they are here, with the cores that they had; what is
         left of them is ended.
 
-        The first one takes the spare process, if there is one.
+        The first one takes the spare process, if one is ready.
         """
         ours = [place for place in places if place in self._workers]
         for place in ours:
@@ -125,8 +130,7 @@ class LocalWorkers:
         With the threads that the first worker has; a worker sets its own when it is configured.
         """
         if self._spare is not None and not self._spare.is_alive:
-            _end([self._spare])
-            self._spare = None
+            self._end_spare()
         if self._spare is None:
             num_threads = next(iter(self._configs.values())).num_threads
             self._spare = _WorkerProcess(num_threads, is_spare=True)
@@ -170,10 +174,7 @@ class LocalWorkers:
 
     def join(self) -> None:
         """Wait for workers that were told to stop; end those that do not. None is left then."""
-        if self._spare is not None:
-            self._spare.process.kill()
-            _end([self._spare])
-            self._spare = None
+        self._end_spare()
         _end(list(self._workers.values()))
         self._workers.clear()
 
@@ -188,10 +189,24 @@ class LocalWorkers:
             worker.process.kill()
 
     def _start(self, config: WorkerConfig) -> None:
-        spare, self._spare = self._spare, None
-        worker = spare or _WorkerProcess(config.num_threads)
+        worker = self._take_spare() or _WorkerProcess(config.num_threads)
         configure_child_process(worker.process, config)
         self._workers[config.place] = worker
+
+    def _take_spare(self) -> _WorkerProcess | None:
+        """One that still imports is ended: it does so in idle time alone, and a busy machine may
+        have none for minutes.
+        """
+        if self._spare is not None and not self._spare.is_ready:
+            self._end_spare()
+        spare, self._spare = self._spare, None
+        return spare
+
+    def _end_spare(self) -> None:
+        if self._spare is not None:
+            self._spare.process.kill()
+            _end([self._spare])
+            self._spare = None
 
 
 def _end(workers: Sequence[_WorkerProcess]) -> None:
