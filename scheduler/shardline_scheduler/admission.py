@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from math import inf
 
+from .asked import Reserve
 from .budget import OnMiss
 from .capacity import Pricing
 from .config import SchedulerConfig
@@ -23,7 +24,8 @@ from .request import Request
 from .retry import Retries
 from .tenants import INPUT_WEIGHT, OUTPUT_WEIGHT, Tenants
 from .terms import Rank
-from .verdict import Ahead, Arrival, Judge
+from .urgency import Urgency
+from .verdict import Ahead, Arrival, Judge, KeptFor
 
 
 class Admission:
@@ -46,6 +48,7 @@ class Admission:
         self._jitter = jitter
         self._judge = Judge(pricing, config.max_num_seqs, config.num_blocks)
         self._tenants = Tenants()
+        self._urgency = Urgency()
         self._patience = Patience(config)
         self._retries = Retries()
         self._charges: dict[Request, float] = {}
@@ -59,12 +62,10 @@ class Admission:
         degraded.
         """
         arrival = self._door.arrive(self.ledger, request, now, num_cached_tokens, ahead)
-        terms, decode_s = arrival.terms, 0.0
-        if self._pricing.model.is_ready:
-            token_s = (request.prediction.tpot_ms or 0.0) / 1e3
-            decode_s = terms.num_planned_tokens * token_s
-        self._tenants.ask(request.tenant, now, terms.prefill_s, decode_s)
+        terms, stay_s = arrival.terms, _stay_s(request)
+        self._tenants.ask(request.tenant, now, terms.prefill_s, stay_s)
         if terms.is_promised and self._pricing.model.is_ready:
+            self._urgency.ask(request.budget.priority, now, terms.prefill_s, stay_s)
             self._check(arrival)
         self._take_in(request)
 
@@ -94,6 +95,7 @@ class Admission:
             return None
         terms.prefill_s = prefill_s
         self._tenants.begin_promise(request.tenant)
+        self._urgency.begin_promise(request.budget.priority)
         self.ledger.feasible_step_s = min(step_s, self.ledger.step_s)
         self.ledger.add(request, self._door.place(request), prefill_s)
         self._patience.help(request, due)
@@ -165,7 +167,11 @@ class Admission:
 
     def _obstacle(self, arrival: Arrival) -> Arrival | None:
         """The arrival with what is kept for others, if it would fit but leaves too little of it."""
-        for careful in (self._leaving_place(arrival), self._leaving_shares(arrival)):
+        for careful in (
+            self._leaving_place(arrival),
+            self._leaving_shares(arrival),
+            self._leaving_room(arrival),
+        ):
             if careful is not arrival and self._judge.find_step_s(self.ledger, careful) is None:
                 return careful
         return None
@@ -179,19 +185,18 @@ class Admission:
             num_reserved=1,
             reserved_share=self._patience.share,
             num_reserved_blocks=self.ledger.final_blocks(starving),
+            kept_for=KeptFor.GUEST,
         )
 
     def _leaving_shares(self, arrival: Arrival) -> Arrival:
         """For other tenants."""
         reserve = self._tenants.reserve(arrival.request.tenant, arrival.now)
-        if not (reserve.num_requests or reserve.prefill_share):
-            return arrival
-        return replace(
-            arrival,
-            num_reserved=reserve.num_requests,
-            reserved_share=reserve.prefill_share,
-            is_for_tenants=True,
-        )
+        return _leaving(reserve, arrival, KeptFor.TENANTS)
+
+    def _leaving_room(self, arrival: Arrival) -> Arrival:
+        """For more urgent classes."""
+        reserve = self._urgency.reserve(arrival.request.budget.priority, arrival.now)
+        return _leaving(reserve, arrival, KeptFor.URGENT)
 
     def _refusal(self, arrival: Arrival, obstacle: Arrival) -> BudgetRefused:
         """Why a request is not taken in that does not fit."""
@@ -201,11 +206,16 @@ class Admission:
         alone = self._door.arrive_again(arrival, nothing, arrival.now, Ahead())
         if self._judge.find_step_s(nothing, alone) is None:
             return BudgetImpossible(asked, predicted)
-        reason = self._judge.shortage(self.ledger, obstacle)
+        reason = self._shortage(obstacle)
         wait_s = self._retry_after_s(arrival)
-        if obstacle.is_for_tenants:
+        if obstacle.kept_for is KeptFor.TENANTS:
             return TenantQuotaExceeded(request.tenant, asked, predicted, wait_s)
         return BudgetUnmet(asked, predicted, wait_s, reason)
+
+    def _shortage(self, obstacle: Arrival) -> str:
+        if obstacle.kept_for is KeptFor.URGENT:
+            return "what is left is kept for more urgent classes, by what they lately asked for"
+        return self._judge.shortage(self.ledger, obstacle)
 
     def _retry_after_s(self, arrival: Arrival) -> float:
         """When it would be taken in, were it to come again. Its terms are lost in trying."""
@@ -227,16 +237,18 @@ class Admission:
         """With all that may have to stay free beside it by then, for guests and other tenants."""
         helped = self._patience.helped_by(later.now, self._unlimited)
         guests = [guest.tenant for guest in helped]
-        reserve = self._tenants.reserve_later(later.request.tenant, later.now, guests)
-        num_reserved, num_blocks = reserve.num_requests + len(helped), 0
-        if not num_reserved and not reserve.prefill_share:
+        tenants = self._tenants.reserve_later(later.request.tenant, later.now, guests)
+        urgent = self._urgency.reserve_later(later.request.budget.priority, later.now)
+        num_reserved = max(tenants.num_requests, urgent.num_requests) + len(helped)
+        share, num_blocks = max(tenants.prefill_share, urgent.prefill_share), 0
+        if not num_reserved and not share:
             return later
         if helped:
             num_blocks = max(self.ledger.final_blocks(guest) for guest in self._unlimited)
         return replace(
             later,
             num_reserved=num_reserved,
-            reserved_share=reserve.prefill_share + (self._patience.share if helped else 0.0),
+            reserved_share=share + (self._patience.share if helped else 0.0),
             num_reserved_blocks=len(helped) * num_blocks,
         )
 
@@ -252,11 +264,13 @@ class Admission:
         self._charges[request] = cost
         terms.turn = self._tenants.queue(request.tenant, cost, is_promised=terms.is_promised)
         if terms.is_promised:
+            self._urgency.begin_promise(request.budget.priority)
             self.ledger.add(request, self._door.place(request), terms.prefill_s)
 
     def _end_promise(self, request: Request) -> None:
         self.ledger.remove(request)
         self._tenants.end_promise(request.tenant)
+        self._urgency.end_promise(request.budget.priority)
 
     def _prefill_s(self, request: Request) -> float:
         model, context = self._pricing.model, request.num_computed_tokens
@@ -264,6 +278,28 @@ class Admission:
             return 0.0
         num_tokens = max(0, len(request.token_ids) - context)  # Planned ahead, it is below 0.
         return model.prefill_seconds(num_tokens, context)
+
+
+def _leaving(reserve: Reserve, arrival: Arrival, kept_for: KeptFor) -> Arrival:
+    if not (reserve.num_requests or reserve.prefill_share):
+        return arrival
+    return replace(
+        arrival,
+        num_reserved=reserve.num_requests,
+        reserved_share=reserve.prefill_share,
+        kept_for=kept_for,
+    )
+
+
+def _stay_s(request: Request) -> float:
+    """How long it has a seat: steps are made as long as its limit on the time per token allows."""
+    predicted, budget = request.prediction, request.budget
+    if predicted.ttft_ms is None or predicted.tpot_ms is None:
+        return 0.0
+    first_ms = min(predicted.ttft_ms, budget.ttft_ms or inf)
+    token_ms = max(predicted.tpot_ms, budget.tpot_ms or 0.0)
+    stay_ms = first_ms + request.terms.num_planned_tokens * token_ms
+    return min(stay_ms, budget.deadline_ms or inf) / 1e3
 
 
 def _is_hopeless(arrival: Arrival) -> bool:

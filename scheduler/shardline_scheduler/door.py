@@ -149,7 +149,8 @@ def _aim(
     """Split the limits of a budget into a due first token and a time for each later one.
 
     Of what a limit on the whole leaves over, prefill and decoding get half each. Until a request
-    has its place among the decodes of several steps in flight, it may lose all but one of a round.
+    has its place among the decodes of several steps in flight, it may lose all but one of a round;
+    and as much again if its first step was the last short one, and the others have just begun.
     """
     first_s, token_s = expected.first_s, expected.token_s
     num_later = terms.num_planned_tokens - 1
@@ -166,4 +167,4 @@ def _aim(
             left_s = now + whole_s - terms.first_token_by
             terms.seconds_per_token = min(terms.seconds_per_token, left_s / num_later)
     if num_later:
-        terms.seconds_per_token *= num_later / (num_later + 1 - 1 / max_in_flight)
+        terms.seconds_per_token *= num_later / (num_later + 2 - 2 / max_in_flight)

@@ -11,36 +11,12 @@ others what they lately asked for, up to that equal part.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import exp
+
+from .asked import MEMORY_S, Asked, Reserve
 
 INPUT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0
-_MEMORY_S = 30.0
 _HEADROOM = 1.5
 _LEAST_HEADROOM = 2.0
-
-
-@dataclass(slots=True)
-class _Asked:
-    """What a tenant asks for, fading: seconds of prefill, and seconds of decoding, of all."""
-
-    time: float
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-
-    def fade(self, now: float) -> None:
-        factor = exp((self.time - now) / _MEMORY_S)
-        self.prefill_s *= factor
-        self.decode_s *= factor
-        self.time = now
-
-
-@dataclass(frozen=True, slots=True)
-class Reserve:
-    """What is kept for others: promised requests, and a part of the time for their prompts."""
-
-    num_requests: int = 0
-    prefill_share: float = 0.0
 
 
 class Tenants:
@@ -50,15 +26,12 @@ class Tenants:
         self._counters: dict[str, float] = {}
         self._alive: Counter[str] = Counter()
         self._promised: Counter[str] = Counter()
-        self._asked: dict[str, _Asked] = {}
+        self._asked: dict[str, Asked] = {}
         self._turn = 0.0
 
-    def ask(self, tenant: str, now: float, prefill_s: float, decode_s: float) -> None:
+    def ask(self, tenant: str, now: float, prefill_s: float, stay_s: float) -> None:
         """A request arrives, be it admitted or not; it would take that long."""
-        asked = self._asked.setdefault(tenant, _Asked(now))
-        asked.fade(now)
-        asked.prefill_s += prefill_s
-        asked.decode_s += decode_s
+        self._asked.setdefault(tenant, Asked(now)).add(now, prefill_s, stay_s)
 
     def queue(self, tenant: str, cost: float, *, is_promised: bool) -> float:
         """A request is taken in; returns its turn."""
@@ -108,7 +81,7 @@ class Tenants:
         total = self._promised.total() + len(guests) + 1
         return _kept_for(self._others(tenant, now), total, {})
 
-    def _others(self, tenant: str, now: float) -> dict[str, _Asked]:
+    def _others(self, tenant: str, now: float) -> dict[str, Asked]:
         for name in [
             name for name, asked in self._asked.items() if self._is_gone(name, asked, now)
         ]:
@@ -119,18 +92,18 @@ class Tenants:
             asked.fade(now)
         return {name: asked for name, asked in self._asked.items() if name != tenant}
 
-    def _is_gone(self, name: str, asked: _Asked, now: float) -> bool:
-        return not self._alive[name] and now - asked.time > 4 * _MEMORY_S
+    def _is_gone(self, name: str, asked: Asked, now: float) -> bool:
+        return not self._alive[name] and now - asked.time > 4 * MEMORY_S
 
 
-def _kept_for(others: dict[str, _Asked], total: int, promised: Mapping[str, int]) -> Reserve:
+def _kept_for(others: dict[str, Asked], total: int, promised: Mapping[str, int]) -> Reserve:
     """What they lately asked for, up to an equal part of `total` requests, beside what they are
     promised.
     """
     num_active = len(others) + 1
     num_requests, share = 0.0, 0.0
     for name, asked in others.items():
-        wanted = _HEADROOM * asked.decode_s / _MEMORY_S + _LEAST_HEADROOM
+        wanted = _HEADROOM * asked.num_seats + _LEAST_HEADROOM
         num_requests += max(0.0, min(wanted, total / num_active) - promised.get(name, 0))
-        share += min(_HEADROOM * asked.prefill_s / _MEMORY_S, 1 / num_active)
+        share += min(_HEADROOM * asked.prefill_share, 1 / num_active)
     return Reserve(round(num_requests), share)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum, auto
 from math import inf
 from typing import Protocol
 
@@ -27,11 +28,18 @@ class Ahead:
         return max(self.next_s, self.back_s - (max_in_flight - 1) * step_s)
 
 
+class KeptFor(Enum):
+    """Whom place is kept for that nobody has been promised."""
+
+    GUEST = auto()
+    TENANTS = auto()
+    URGENT = auto()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arrival:
     """A request at the door. `num_reserved` requests, a `reserved_share` of the time for prompts,
-    and `num_reserved_blocks` of memory have to stay free beside it; `is_for_tenants` if it is
-    for the shares of others.
+    and `num_reserved_blocks` of memory have to stay free beside it, for `kept_for`.
     """
 
     request: Request
@@ -43,7 +51,7 @@ class Arrival:
     num_reserved: int = 0
     reserved_share: float = 0.0
     num_reserved_blocks: int = 0
-    is_for_tenants: bool = False
+    kept_for: KeptFor | None = None
 
     @property
     def num_uncached_tokens(self) -> int:

@@ -4,6 +4,7 @@ from math import exp
 from random import Random
 
 import pytest
+from msgspec.structs import replace
 
 from shardline_scheduler import (
     BudgetImpossible,
@@ -347,3 +348,21 @@ def test_a_tenant_at_ten_times_its_share_costs_another_nothing():
         return share_met(warm)
 
     assert attainment(20.0) >= attainment(0.0) - 0.02
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_batch_work_gets_what_interactive_requests_leave(num_stages: int):
+    """Half of what can be served is asked for by interactive requests, all of it by batch ones."""
+    stage = tuple(price / num_stages for price in ONE_STAGE)
+    m = machine([stage] * num_stages)
+    hurried = replace(TIGHT, priority=Priority.INTERACTIVE)
+    patient = LatencyBudget(deadline_ms=30_000, priority=Priority.BATCH)
+    interactive = visits_at_rate(1.5 * num_stages, 120, Random(8), hurried)
+    batch = visits_at_rate(4 * num_stages, 120, Random(9), patient, first=5000)
+    m.run([*interactive, *batch])
+    assert share_met(interactive) >= 0.99
+    admitted = [visit for visit in batch if visit.refusal is None]
+    assert all(visit.met for visit in admitted)
+    assert len(admitted) > len(batch) / 4
+    reasons = [str(visit.refusal) for visit in batch if visit.refusal is not None]
+    assert any("kept for more urgent classes" in reason for reason in reasons)

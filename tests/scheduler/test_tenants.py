@@ -7,7 +7,7 @@ def busy_and_idle() -> Tenants:
     """Somebody is promised two requests, and another tenant has just asked for one."""
     tenants = Tenants()
     for name in ("busy", "busy", "idle"):
-        tenants.ask(name, 0.0, prefill_s=1.0, decode_s=1.0)
+        tenants.ask(name, 0.0, prefill_s=1.0, stay_s=1.0)
     for _ in range(2):
         tenants.queue("busy", 10.0, is_promised=True)
     return tenants

@@ -2,7 +2,7 @@
 
 from random import Random
 
-from shardline_scheduler import LatencyBudget, OnMiss
+from shardline_scheduler import LatencyBudget, OnMiss, Priority
 
 from .machine import Machine, Prices, Visit, machine
 
@@ -69,4 +69,5 @@ def _budget(random: Random) -> LatencyBudget:
         limits["tpot_ms"] = random.uniform(5, 300)
     if random.random() < 0.4:
         limits["deadline_ms"] = random.uniform(100, 20_000)
-    return LatencyBudget(**limits, on_miss=random.choice(_REJECT_MOSTLY))
+    priority, on_miss = random.choice(list(Priority)), random.choice(_REJECT_MOSTLY)
+    return LatencyBudget(**limits, priority=priority, on_miss=on_miss)
