@@ -64,7 +64,7 @@ class Place:
 
 @dataclass(kw_only=True)
 class Running:
-    """A server that answers; `peak_bytes` grows while it runs."""
+    """A server that answers; `now_bytes` and `peak_bytes` follow it once a second."""
 
     url: str
     ready_s: float
@@ -72,6 +72,7 @@ class Running:
     is_kv_lazy: bool
     kv_ahead_bytes: int
     ready_bytes: int = 0
+    now_bytes: int = 0
     peak_bytes: int = 0
 
 
@@ -210,12 +211,13 @@ def _wait_until_it_answers(url: str, process: subprocess.Popen[bytes], log) -> N
 
 @contextlib.contextmanager
 def _watched_memory(process: subprocess.Popen[bytes], server: Running) -> Iterator[None]:
-    server.ready_bytes = server.peak_bytes = tree_bytes(process.pid)
+    server.ready_bytes = server.now_bytes = server.peak_bytes = tree_bytes(process.pid)
     is_over = threading.Event()
 
     def watch() -> None:
         while not is_over.wait(1.0):
-            server.peak_bytes = max(server.peak_bytes, tree_bytes(process.pid))
+            server.now_bytes = tree_bytes(process.pid)
+            server.peak_bytes = max(server.peak_bytes, server.now_bytes)
 
     thread = threading.Thread(target=watch)
     thread.start()

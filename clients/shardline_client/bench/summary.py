@@ -81,7 +81,8 @@ class Attainment:
 class Summary:
     """The figures of one load; latencies and throughput count only requests that ended well.
 
-    `refusal_ms` is how long a refusal took, `send_lag_ms` how late this program sent.
+    `refusal_ms` is how long a refusal took from when it was sent, `send_lag_ms` how late this
+    program sent.
     """
 
     num_ok: int
@@ -161,7 +162,7 @@ def summarize(
         tpot_ms=Distribution.of(_known(record.tpot_s for record in good)),
         itl_ms=Distribution.of(gap for record in good for gap in record.itl_s),
         e2e_ms=Distribution.of(_known(record.e2e_s for record in good)),
-        refusal_ms=Distribution.of(record.end_s - record.start_s for record in refused),
+        refusal_ms=Distribution.of(record.end_s - record.sent_s for record in refused),
         retry_after_ms=Distribution.of(waits_s),
         send_lag_ms=Distribution.of(record.sent_s - record.start_s for record in records),
         budget=_attainment(records, duration_s, classes),
