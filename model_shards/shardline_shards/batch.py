@@ -1,6 +1,6 @@
 """What a worker remembers of requests, and how a plan becomes the tensors of one step."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,7 +33,7 @@ class RequestState:
     block_ids: list[int] = field(default_factory=list)
     last_drawn: int = LAST_DRAWN
 
-    def extend(self, token_ids: list[int]) -> None:
+    def extend(self, token_ids: Sequence[int]) -> None:
         """Tokens of a plan follow."""
         for token in token_ids:
             if token == LAST_DRAWN:

@@ -60,6 +60,13 @@ class KvMemory:
         """Whether the next token to be computed has no slot yet."""
         return request.num_computed_tokens >= len(request.block_table) * self.block_size
 
+    def grow_for_next(self, requests: Iterable[Request]) -> None:
+        """One more block to each whose next token has no slot yet; there must be enough."""
+        size = self.block_size
+        for request in requests:
+            if request.num_computed_tokens >= len(request.block_table) * size:
+                self.grow(request)
+
     def grow(self, request: Request) -> None:
         """One more block at the end of the table."""
         request.block_table += self.pool.allocate(1)

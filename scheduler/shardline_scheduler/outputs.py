@@ -1,5 +1,6 @@
 """What the scheduler tells the engine: news of requests, and gauges."""
 
+from collections.abc import Sequence
 from typing import Self
 
 from msgspec import Struct
@@ -22,9 +23,9 @@ class RequestOutput(Struct, frozen=True, gc=False):
 
     request_id: str
     index: int
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs]
-    prompt_logprobs: list[TokenLogprobs]
+    token_ids: Sequence[int]
+    logprobs: Sequence[TokenLogprobs]
+    prompt_logprobs: Sequence[TokenLogprobs]
     finish_reason: FinishReason | None
     num_cached_tokens: int
     budget: BudgetOutcome | None = None
@@ -33,9 +34,9 @@ class RequestOutput(Struct, frozen=True, gc=False):
     def of(
         cls,
         request: Request,
-        token_ids: list[int],
-        logprobs: list[TokenLogprobs],
-        prompt_logprobs: list[TokenLogprobs],
+        token_ids: Sequence[int],
+        logprobs: Sequence[TokenLogprobs],
+        prompt_logprobs: Sequence[TokenLogprobs],
         finish_reason: FinishReason | None,
         budget: BudgetOutcome | None = None,
     ) -> Self:

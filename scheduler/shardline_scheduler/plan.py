@@ -4,6 +4,8 @@ Plain frozen structures, no behaviour and no policy. They are encoded as msgpack
 A plan is a delta: a request travels in full once, and as a few integers in every later step.
 """
 
+from collections.abc import Sequence
+
 from msgspec import Struct
 
 # Among a request's tokens in a plan: the one that the workers drew for it last. Only they know it
@@ -71,8 +73,8 @@ class ScheduledRequest(Struct, frozen=True, array_like=True, gc=False):
     request_index: int
     num_computed_tokens: int
     num_scheduled_tokens: int
-    token_ids: list[int]
-    block_ids: list[int]
+    token_ids: Sequence[int]
+    block_ids: Sequence[int]
     samples: bool
 
 

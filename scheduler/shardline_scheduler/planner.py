@@ -75,7 +75,11 @@ class Planner:
         while len(step) < cap and (decodes := self._running.pop_decodes(cap - len(step), guest)):
             num_timely = self._count_within(limit_s, step.load, decodes)
             timely = decodes[:num_timely]
-            able = [r for r in timely if self._can_go_on(r, step, victims, passed_over)]
+            if self._memory.pool.num_available >= len(timely):
+                able = [r for r in timely if r.state is _RUNNING]
+                self._memory.grow_for_next(able)
+            else:
+                able = [r for r in timely if self._can_go_on(r, step, victims, passed_over)]
             step.take_decodes(able)
             taken += able
             if num_timely < len(decodes):

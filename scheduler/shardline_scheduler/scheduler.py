@@ -19,7 +19,7 @@ tokens, was never told the dropped one, and draws it again, with the same seed a
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -186,19 +186,19 @@ class Scheduler:
         self._clock.commit(now)
         if expected.is_alone:
             self.cost_model.observe_trip(expected.load, now - expected.planned_at)
-        prompt_logprobs: dict[Request, list[TokenLogprobs]] = {}
+        prompt_logprobs: dict[Request, Sequence[TokenLogprobs]] = {}
         for piece in result.prompt_logprobs:
             request = self._running.get(piece.request_index)
-            if request is not None and (accepted := request.accept_prompt_logprobs(piece)):
-                prompt_logprobs[request] = accepted
+            if request is not None and (news := request.accept_prompt_logprobs(piece)):
+                prompt_logprobs[request] = news
         outputs = []
         for token in result.tokens:
             request = self._running.get(token.request_index)
             if request is not None:
-                accepted = prompt_logprobs.pop(request, []) if prompt_logprobs else []
+                accepted = prompt_logprobs.pop(request, ()) if prompt_logprobs else ()
                 outputs.append(self._accept(request, token, accepted, now))
         for request, accepted in prompt_logprobs.items():
-            outputs.append(RequestOutput.of(request, [], [], accepted, None))
+            outputs.append(RequestOutput.of(request, (), (), accepted, None))
         return outputs
 
     def observe(self, step_id: int, stage_index: int, seconds: float) -> None:
@@ -223,7 +223,7 @@ class Scheduler:
             outcome = outcome_of(request, now, is_complete=False)
             self._remove(request)
             self._outcomes.count(request.budget, outcome)
-            outputs.append(RequestOutput.of(request, [], [], [], FinishReason.DEADLINE, outcome))
+            outputs.append(RequestOutput.of(request, (), (), (), FinishReason.DEADLINE, outcome))
         return outputs
 
     def late_at(self, deadline: float, now: float) -> list[Request]:
@@ -338,7 +338,7 @@ class Scheduler:
         self,
         request: Request,
         token: SampledToken,
-        prompt_logprobs: list[TokenLogprobs],
+        prompt_logprobs: Sequence[TokenLogprobs],
         now: float,
     ) -> RequestOutput:
         finish_reason, outcome = request.append(token.token_id, now), None
@@ -351,13 +351,13 @@ class Scheduler:
             self._running.take_token(request)
             if self._plans_ahead:
                 self._memory.register_late(request)
-            if num_tokens in (1, request.terms.num_planned_tokens):
+            if num_tokens == 1 or num_tokens == request.terms.num_planned_tokens:
                 self._keeper.take_token(request)
         return RequestOutput(
             request.request_id,
             num_tokens - 1,
-            [token.token_id],
-            [] if token.logprobs is None else [token.logprobs],
+            (token.token_id,),
+            () if token.logprobs is None else (token.logprobs,),
             prompt_logprobs,
             finish_reason,
             request.num_cached_tokens,

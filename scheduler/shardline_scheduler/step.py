@@ -1,9 +1,13 @@
 """A step in the making: what it holds so far, and what more it can afford."""
 
+from collections.abc import Sequence
+
 from .cost import StepCost, StepLoad
 from .memory import KvMemory
 from .plan import LAST_DRAWN, NewRequest, ScheduledRequest, StepPlan
 from .request import Request
+
+_LAST_DRAWN = (LAST_DRAWN,)
 
 
 class Step:
@@ -49,14 +53,15 @@ class Step:
         block_size, context = self._memory.block_size, 0
         for request in decodes:
             token_ids, block_table = request.token_ids, request.block_table
-            position = request.num_computed_tokens
-            new_blocks = block_table[request.num_sent_blocks :]
-            tokens = token_ids[position:] or [LAST_DRAWN]
+            position, num_sent = request.num_computed_tokens, request.num_sent_blocks
+            tokens = (token_ids[position],) if position < len(token_ids) else _LAST_DRAWN
+            new_blocks: Sequence[int] = ()
+            if num_sent < len(block_table):
+                new_blocks = block_table[num_sent:]
+                request.num_sent_blocks = len(block_table)
             scheduled.append(
                 ScheduledRequest(request.request_index, position, 1, tokens, new_blocks, True)
             )
-            if new_blocks:
-                request.num_sent_blocks = len(block_table)
             request.num_computed_tokens = position + 1
             request.last_step_id = step_id
             request.num_tokens_in_flight += 1

@@ -115,7 +115,7 @@ class Choice:
         return Piece(
             choice=self.index,
             index=index,
-            token_ids=delta.token_ids[:taken],
+            token_ids=list(delta.token_ids[:taken]),
             text=text,
             logprobs=logprobs,
             finish_reason=finish_reason,

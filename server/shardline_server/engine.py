@@ -77,6 +77,9 @@ class Engine:
         self._names = RequestNames()
         self._news: dict[bytes, list[Delta]] = {}
         self._has_news = False
+        # What can wait until the workers have their next plan.
+        self._outputs: list[RequestOutput] = []
+        self._timings: list[StageTiming] = []
         self._is_idle_and_checked = False
         self._is_leaving = False
         self._has_asked_to_leave = False
@@ -133,8 +136,9 @@ class Engine:
                     next_look = now + _LOOK_INTERVAL_S
                 self._read_inbox()
                 self._commit()
-                self._tell(self.scheduler.expire(time.monotonic()))
+                self._outputs += self.scheduler.expire(time.monotonic())
                 self._plan()
+                self._learn()
                 self._publish()
                 self._look_again()
             except WorkerLost as loss:
@@ -200,6 +204,7 @@ class Engine:
 
     def _recover(self, loss: WorkerLost) -> None:
         """Bring the workers back, and let everybody compute again what he has."""
+        self._tell()
         self.frontends.send_all(EngineRecovering(str(loss)))
         steps_s = self.scheduler.seconds_in_flight
         guilty = self.scheduler.strike(loss.request_indexes)
@@ -274,29 +279,34 @@ class Engine:
     def _commit(self) -> None:
         for message in self.workers.results():
             if isinstance(message, StageReport):
-                self._observe(message.timings, message.sent_at)
+                self._hear(message.timings, message.sent_at)
             else:
                 self._commit_result(message)
 
     def _commit_result(self, result: StepResult) -> None:
         if result.timing is not None:
-            self._observe([result.timing], result.timing.ended_at)
+            self._hear([result.timing], result.timing.ended_at)
         self._has_news = True
-        self._tell(self.scheduler.commit(result, time.monotonic()))
+        self._outputs += self.scheduler.commit(result, time.monotonic())
 
-    def _tell(self, outputs: list[RequestOutput]) -> None:
-        for output in outputs:
+    def _hear(self, timings: list[StageTiming], sent_at: float) -> None:
+        self.pipe.heard(timings[0].stage_index, sent_at, time.monotonic())
+        self._timings += timings
+
+    def _learn(self) -> None:
+        for timing in self._timings:
+            for listener in self.timing_listeners:
+                listener.observe(timing)
+        self._timings.clear()
+
+    def _tell(self) -> None:
+        for output in self._outputs:
             self._has_news = True
             frontend, request_id = self._names[output.request_id]
             self._news.setdefault(frontend, []).append(delta_of(request_id, output))
             if output.finish_reason is not None:
                 self._names.forget(output.request_id)
-
-    def _observe(self, timings: list[StageTiming], sent_at: float) -> None:
-        self.pipe.heard(timings[0].stage_index, sent_at, time.monotonic())
-        for timing in timings:
-            for listener in self.timing_listeners:
-                listener.observe(timing)
+        self._outputs.clear()
 
     def _plan(self) -> None:
         while (plan := self.scheduler.plan(time.monotonic())) is not None:
@@ -306,6 +316,7 @@ class Engine:
         self.pipe.settled(self.scheduler.has_work, time.monotonic())
 
     def _publish(self) -> None:
+        self._tell()
         if not self._has_news:
             return
         stats = msgspec.convert(self.scheduler.stats(), EngineStats, from_attributes=True)

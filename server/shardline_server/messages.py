@@ -6,6 +6,8 @@ can serve, then sends `Output`, and `EngineFailed` once if it has to end. There 
 ends, each with its own identity.
 """
 
+from collections.abc import Sequence
+
 from msgspec import Struct
 
 from shardline_scheduler.accuracy import Accuracy
@@ -65,9 +67,9 @@ class Delta(Struct, frozen=True, array_like=True):
 
     request_id: str
     index: int
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs]
-    prompt_logprobs: list[TokenLogprobs]
+    token_ids: Sequence[int]
+    logprobs: Sequence[TokenLogprobs]
+    prompt_logprobs: Sequence[TokenLogprobs]
     finish_reason: FinishReason | None
     error_code: str | None
     error_message: str | None

@@ -26,7 +26,8 @@ def parts(plan: StepPlan | None) -> list[tuple[int, int, list[int]]]:
     """Index, first token to compute and what is told of the tokens."""
     assert plan is not None
     return [
-        (part.request_index, part.num_computed_tokens, part.token_ids) for part in plan.scheduled
+        (part.request_index, part.num_computed_tokens, list(part.token_ids))
+        for part in plan.scheduled
     ]
 
 
@@ -46,7 +47,7 @@ def test_a_token_that_is_known_is_told():
     p.add("a", [1] * 3, max_tokens=5)
     p.plan()
     (output,) = p.commit()
-    assert parts(p.plan()) == [(0, 3, output.token_ids)]
+    assert parts(p.plan()) == [(0, 3, list(output.token_ids))]
     p.drain()
 
 
