@@ -4,7 +4,7 @@ import contextlib
 import random
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,15 +50,19 @@ def read_streams(doors: Sequence[str], disturb: Callable[[], None]) -> list[Said
     """What each request is told, each over the next door in turn; `disturb` is called once all of
     them have begun, and before any has ended.
     """
-    begun = threading.Barrier(NUM_STREAMS + 1, timeout=LONGEST_S / 2)  # breaks for all or nobody
+    begun = threading.Barrier(NUM_STREAMS + 1, timeout=LONGEST_S)
 
     def read(client: Client, prompt: list[int], options: dict[str, Any]) -> Said:
-        with client.stream_complete(prompt, **options) as stream:
-            next(pieces := iter(stream))
-            begun.wait()
-            for _ in pieces:
-                pass
-            [choice], usage = stream.completion.choices, stream.completion.usage
+        try:
+            with client.stream_complete(prompt, **options) as stream:
+                next(pieces := iter(stream))
+                begun.wait()
+                for _ in pieces:
+                    pass
+        except Exception:
+            begun.abort()  # Whoever has begun would else wait for one that never does.
+            raise
+        [choice], usage = stream.completion.choices, stream.completion.usage
         assert usage is not None
         return Said(
             choice.text,
@@ -76,7 +80,17 @@ def read_streams(doors: Sequence[str], disturb: Callable[[], None]) -> list[Said
             threads.submit(read, clients[number % len(clients)], *request)
             for number, request in enumerate(make_requests())
         ]
-        begun.wait()
+        try:
+            begun.wait()
+        except threading.BrokenBarrierError:
+            raise ExceptionGroup("streams have not begun", _failures(streams)) from None
         disturb()
         assert not any(stream.done() for stream in streams), "it came too late for some"
         return [stream.result() for stream in streams]
+
+
+def _failures(streams: Sequence[Future[Said]]) -> list[Exception]:
+    """Of all that have ended by an error; most of them only since others had not begun."""
+    wait(streams)
+    failures = [error for one in streams if isinstance(error := one.exception(), Exception)]
+    return sorted(failures, key=lambda error: isinstance(error, threading.BrokenBarrierError))

@@ -203,18 +203,24 @@ def test_a_stopped_worker_is_held_dead_and_replaced(
     assert f"held dead: {place}" in engine.losses.pop()
 
 
-def test_a_spare_process_that_is_not_ready_holds_nobody_up(
+def test_a_spare_process_that_is_not_ready_is_not_waited_for(
     model: Path, requests: Requests, undisturbed: dict[str, list[int]]
 ) -> None:
-    """It imports what it needs in idle time, which may never come; here it is stopped."""
+    """It imports what it needs in idle time, which may not come for long; here it is stopped until
+    a worker has died.
+    """
     layout = LAYOUTS["1x2"]
     with running_engine(model, layout, max_num_batched_tokens=128) as engine:
         while (spare := find_spare(engine)) is None:
             time.sleep(0.01)
         spare.suspend()
-        place = layout.places()[0]
-        assert read_disturbed(engine, requests, place, psutil.Process.kill) == undisturbed
-        assert len(engine.losses) == 1
+        victim = find_worker(engine, layout.places()[0])
+        start_streams(engine, requests)
+        victim.kill()
+        engine.wait(lambda: bool(engine.losses))
+        with contextlib.suppress(psutil.NoSuchProcess):
+            spare.resume()
+        assert finish_streams(engine) == undisturbed
         assert not spare.is_running()
 
 
