@@ -13,6 +13,7 @@ from .asked import Reserve
 from .budget import OnMiss
 from .capacity import Pricing
 from .config import SchedulerConfig
+from .cost import StepLoad
 from .door import Door
 from .errors import BudgetImpossible, BudgetRefused, BudgetUnmet, TenantQuotaExceeded
 from .forecast import Forecast, Guests
@@ -62,7 +63,7 @@ class Admission:
         degraded.
         """
         arrival = self._door.arrive(self.ledger, request, now, num_cached_tokens, ahead)
-        terms, stay_s = arrival.terms, _stay_s(request)
+        terms, stay_s = arrival.terms, self._stay_s(request)
         self._tenants.ask(request.tenant, now, terms.prefill_s, stay_s)
         if terms.is_promised and self._pricing.model.is_ready:
             self._urgency.ask(request.budget.priority, now, terms.prefill_s, stay_s)
@@ -148,6 +149,21 @@ class Admission:
         self.ledger.check()
         promised = {request for request in self._charges if request.terms.is_promised}
         assert promised == set(self.ledger.requests), "promises to nobody, or forgotten ones"
+
+    def _stay_s(self, request: Request) -> float:
+        """How long it has a seat: steps are made as long as its limit on the time per token allows,
+        or as they can be.
+        """
+        predicted, budget, pricing = request.prediction, request.budget, self._pricing
+        if predicted.ttft_ms is None or predicted.tpot_ms is None:
+            return 0.0
+        first_s = min(predicted.ttft_ms, budget.ttft_ms or inf) / 1e3
+        token_s = predicted.tpot_ms / 1e3
+        if budget.tpot_ms is not None:
+            step_s = pricing.longest_step_s(budget.tpot_ms / 1e3, StepLoad())
+            token_s = max(token_s, pricing.max_in_flight * step_s)
+        stay_s = first_s + request.terms.num_planned_tokens * token_s
+        return min(stay_s, (budget.deadline_ms or inf) / 1e3)
 
     def _check(self, arrival: Arrival) -> None:
         """Hold the request against what is promised; refused or degraded, or the step time that
@@ -289,17 +305,6 @@ def _leaving(reserve: Reserve, arrival: Arrival, kept_for: KeptFor) -> Arrival:
         reserved_share=reserve.prefill_share,
         kept_for=kept_for,
     )
-
-
-def _stay_s(request: Request) -> float:
-    """How long it has a seat: steps are made as long as its limit on the time per token allows."""
-    predicted, budget = request.prediction, request.budget
-    if predicted.ttft_ms is None or predicted.tpot_ms is None:
-        return 0.0
-    first_ms = min(predicted.ttft_ms, budget.ttft_ms or inf)
-    token_ms = max(predicted.tpot_ms, budget.tpot_ms or 0.0)
-    stay_ms = first_ms + request.terms.num_planned_tokens * token_ms
-    return min(stay_ms, budget.deadline_ms or inf) / 1e3
 
 
 def _is_hopeless(arrival: Arrival) -> bool:

@@ -6,7 +6,7 @@ classes what they lately asked for; the first may have all, so that no class wai
 """
 
 from collections import Counter
-from math import exp
+from math import exp, sqrt
 
 from .asked import MEMORY_S, Asked, Reserve
 from .budget import Priority
@@ -54,6 +54,8 @@ class Urgency:
         for name in _CLASSES[: _CLASSES.index(priority)]:
             if (asked := self._asked.get(name)) is not None:
                 asked.fade(now)
-                num_requests += max(0.0, asked.num_seats / seen - promised[name])
+                mean = asked.num_seats / seen
+                # As many as a Poisson number of that mean exceeds once in forty times.
+                num_requests += max(0.0, mean + 2 * sqrt(mean) - promised[name])
                 share += asked.prefill_share / seen
         return Reserve(round(num_requests), share)

@@ -366,3 +366,13 @@ def test_batch_work_gets_what_interactive_requests_leave(num_stages: int):
     assert len(admitted) > len(batch) / 4
     reasons = [str(visit.refusal) for visit in batch if visit.refusal is not None]
     assert any("kept for more urgent classes" in reason for reason in reasons)
+
+
+def test_a_lax_limit_keeps_no_more_room_than_its_request_can_use():
+    """No step takes an hour, however long a token may take."""
+    m = machine()
+    lax = LatencyBudget(tpot_ms=3_600_000, priority=Priority.INTERACTIVE)
+    patient = LatencyBudget(deadline_ms=30_000, priority=Priority.BATCH)
+    batch = [Visit(1 + i, 3.0 + 0.1 * i, 100, 60, patient) for i in range(10)]
+    m.run([Visit(0, 0.0, 100, 20, lax), *batch])
+    assert all(visit.refusal is None and visit.met for visit in batch)

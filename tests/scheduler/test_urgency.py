@@ -20,9 +20,10 @@ def asked_steadily(priority: Priority, seconds: int) -> Urgency:
 
 @pytest.mark.parametrize("seconds", [10, 300])
 def test_what_is_kept_is_what_is_asked_for(seconds: int):
+    """Seats for two on average, and as many more as their number varies by."""
     reserve = asked_steadily(Priority.INTERACTIVE, seconds).reserve(Priority.BATCH, float(seconds))
     assert reserve.prefill_share == pytest.approx(0.1, rel=0.15)
-    assert reserve.num_requests == 2
+    assert reserve.num_requests == 5
 
 
 def test_it_fades():
@@ -33,10 +34,10 @@ def test_it_fades():
 
 def test_the_promised_are_not_counted_twice_but_may_be_over_later():
     urgency = asked_steadily(Priority.INTERACTIVE, 300)
-    for _ in range(2):
+    for _ in range(5):
         urgency.begin_promise(Priority.INTERACTIVE)
     assert urgency.reserve(Priority.BATCH, 300.0).num_requests == 0
-    assert urgency.reserve_later(Priority.BATCH, 300.0).num_requests == 2
+    assert urgency.reserve_later(Priority.BATCH, 300.0).num_requests == 5
 
 
 def test_the_first_of_a_class_may_have_all():
