@@ -16,8 +16,8 @@ from .regression import NonNegativeFit
 
 KNEES = (16, 32, 64, 128, 256, 512)
 MIN_SAMPLES = 8
-# Sizes of the features in a usual step: the descent wants them alike.
-_SCALES = (1.0, 64.0, 8.0, 4096.0, 16384.0)
+# Sizes of the features that cost about alike: the descent and the ridge want that.
+_SCALES = (1.0, 64.0, 8.0, 4096.0, 131072.0)
 _WINDOW = 64
 _OUTLIER_MADS = 5.0
 _LEAST_MAD = 0.02
@@ -86,7 +86,7 @@ class RangeModel(Struct):
             residual = seconds / expected - 1
             is_outlier = self._is_outlier(residual)
             self.residuals = [*self.residuals[1 - _WINDOW :], residual]
-            self.margin = max(0.0, quantile(self.residuals, _QUANTILE))
+            self.margin = margin_of(self.residuals)
             if is_outlier:
                 return
         self.learn(load, seconds)
@@ -154,7 +154,7 @@ class StageModel(Struct):
             part = model._model_of(sample.load.num_tokens)
             part.residuals.append(sample.seconds / part.seconds(sample.load) - 1)
         for part in (model.memory_bound, model.compute_bound):
-            part.margin = max(0.0, quantile(part.residuals, _QUANTILE)) if part.residuals else 0.0
+            part.margin = margin_of(part.residuals)
         return model
 
     def _squared_error(self, sample: Sample) -> float:
@@ -324,6 +324,14 @@ def scaled_features(load: StepLoad) -> tuple[float, ...]:
         load.decode_context / _SCALES[3],
         load.prefill_context / _SCALES[4],
     )
+
+
+def margin_of(residuals: Sequence[float]) -> float:
+    """What to add to predictions, as a share of them: the 0.9 quantile of the residuals, and while
+    they are few all but the largest. A stall by itself says nothing of other steps.
+    """
+    num_within = min(ceil(_QUANTILE * len(residuals)), len(residuals) - 1)
+    return max(0.0, sorted(residuals)[num_within - 1]) if num_within > 0 else 0.0
 
 
 def quantile(values: Sequence[float], q: float) -> float:

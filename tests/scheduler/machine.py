@@ -39,8 +39,7 @@ def _exact_stage(prices: Prices) -> StageModel:
     scaled = [price / unit for price, unit in zip(prices, units, strict=True)]
     model = StageModel()
     for part in (model.memory_bound, model.compute_bound):
-        part.fit = NonNegativeFit.of_size(len(prices))
-        part.fit.coefficients = list(scaled)
+        part.fit = NonNegativeFit.assuming(scaled)
         part.num_samples = MIN_SAMPLES
     assert isinstance(model.memory_bound, RangeModel)
     return model

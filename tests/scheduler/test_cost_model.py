@@ -1,5 +1,6 @@
 """The cost model finds the coefficients of a known machine, and stays sane where it cannot."""
 
+from collections.abc import Iterator
 from random import Random
 
 import msgspec
@@ -163,3 +164,44 @@ def test_it_survives_being_written_down():
     copy.stages[0].observe(load, 0.1)
     pipe.stages[0].observe(load, 0.1)
     assert copy == pipe
+
+
+def first_steps(random: Random) -> Iterator[StepLoad]:
+    """A few short prompts at a time, and then many steps of ten decodes or so."""
+    for _ in range(4):
+        for _ in range(random.randint(1, 12)):
+            load = StepLoad()
+            for _ in range(random.randint(1, 4)):
+                load.add(random.randint(2, 40), 0)
+            for _ in range(random.randint(0, 10)):
+                load.add(1, random.randint(10, 120))
+            yield load
+        for i in range(150):
+            load = StepLoad()
+            for _ in range(random.randint(10, 11)):
+                load.add(1, 20 + i)
+            yield load
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_the_first_steps_cannot_tell_apart_gets_no_price_by_chance(seed: int):
+    """As on a busy machine that was given no time to measure: one step of 20 is a stall."""
+    random, model = Random(seed), StageModel()
+    asked = [random_load(random) for _ in range(50)]
+    for load in first_steps(random):
+        stall = random.uniform(3, 10) if random.random() < 0.05 else 1
+        model.observe(load, true_seconds(load) * random.lognormvariate(0, 0.2) * stall)
+        if model.is_trusted:
+            for other in asked:
+                planned = max(model.planned_seconds(other), model.work_seconds(other))
+                assert planned < 30 * true_seconds(other), (model, other)
+
+
+def test_one_stall_among_the_first_steps_says_nothing_of_the_others():
+    model, load = StageModel(), StepLoad(num_decodes=8, decode_context=800)
+    for _ in range(MIN_SAMPLES + 1):
+        model.observe(load, 0.01)
+    model.observe(load, 0.2)
+    assert model.planned_seconds(load) == pytest.approx(0.01, rel=0.01)
+    model.observe(load, 0.2)
+    assert model.planned_seconds(load) == pytest.approx(0.2, rel=0.01)

@@ -56,10 +56,9 @@ def given_costs(coefficients: Sequence[float], num_stages: int | None) -> PipeMo
 
 def _set(part: RangeModel, coefficients: Sequence[float]) -> None:
     scales = [scaled_features(load)[index] for index, load in enumerate(_UNITS)]
-    part.fit = NonNegativeFit.of_size(len(scales))
-    part.fit.coefficients = [
-        coefficient / 1e3 / scale for coefficient, scale in zip(coefficients, scales, strict=True)
-    ]
+    part.fit = NonNegativeFit.assuming(
+        [value / 1e3 / scale for value, scale in zip(coefficients, scales, strict=True)]
+    )
     part.num_samples = MIN_SAMPLES
 
 
