@@ -24,6 +24,9 @@ from tests.tiny import FAMILIES, VOCAB_SIZE, save_tiny
 CPU = torch.device("cpu")
 BLOCK_SIZE = 4
 FUSED_FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}
+# Multiples of what tile registers multiply at once; others go another way, tiles or no tiles.
+WHOLE_TILES = {"hidden_size": 64, "intermediate_size": 160, "head_dim": 16}
+SIZES = {"odd sizes": {}, "whole tiles": WHOLE_TILES}
 
 
 def build(folder: Path, dtype: torch.dtype = torch.float32) -> StageModel:
@@ -94,16 +97,34 @@ def test_layers_that_compute_something_else_stay_modules(
     assert run(stage, [3]).shape == (1, VOCAB_SIZE)
 
 
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_row_has_the_same_bits_alone_and_among_others(tmp_path: Path, dtype: torch.dtype) -> None:
-    folder = save_tiny("qwen3", tmp_path)
+def test_a_row_has_the_same_bits_alone_and_among_others(
+    tmp_path: Path, dtype: torch.dtype, sizes: dict[str, int]
+) -> None:
+    folder = save_tiny("qwen3", tmp_path, **sizes)
     stage = Stage(build(folder, dtype), CPU)
     assert stage.is_fused
     lengths = [7, 1, 12, 3, 1, 1, 5]
     together = run(stage, lengths)
-    for length in (7, 30):
+    for length in (7, 30, 100):
         assert torch.equal(run(stage, [length, *lengths[1:]])[1:], together[1:])
     assert torch.equal(run(stage, lengths[:1]), together[:1])
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("lengths", [[1], [15], [16], [17], [33], [70, 1, 1, 90]])
+def test_bf16_is_as_good_as_the_library_s_own_products(
+    tmp_path: Path, lengths: list[int], sizes: dict[str, int]
+) -> None:
+    """As far from fp32 as the modules are in bf16, with any number of rows in a product."""
+    folder = save_tiny("qwen3", tmp_path, **sizes)
+    exact = run(Stage(build(folder), CPU, allow_fused=False), lengths)
+    fused = Stage(build(folder, torch.bfloat16), CPU)
+    modules = Stage(build(folder, torch.bfloat16), CPU, allow_fused=False)
+    assert fused.is_fused
+    ours, theirs = (run(stage, lengths).sub(exact).abs().mean() for stage in (fused, modules))
+    assert ours <= 1.5 * theirs
 
 
 def test_positions_beyond_the_first_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <vector>
 
+#include "tiles.h"
 #include "vector_math.h"
 
 namespace {
@@ -33,6 +34,7 @@ using Input = std::conditional_t<kPairs<T>, T, float>;
 constexpr int kNumRegisters = kLanes == 8 ? 16 : 32;
 constexpr int64_t kRowBlockBytes = 1 << 18;  // of input that stays in a core's cache
 constexpr int64_t kBytesAhead = 2048;        // how far in front of a pass weights are fetched
+constexpr int64_t kTileBytesAhead = 8192;    // likewise, where tile registers multiply
 
 // Whether registers hold the sums of a pass beside one row of weights and one number of the input.
 constexpr bool fits(int rows, int panels) { return (rows + 1) * panels + 1 <= kNumRegisters; }
@@ -129,14 +131,34 @@ C10_ALWAYS_INLINE void multiply_pass(
   }
 }
 
-// One tile of `num_tiles` that a group is multiplied with. The only one streams: it fetches a little
-// in front of itself. Of several, each fetches its share of the next group while it computes.
-template <typename T, int kRows, int kPanels, typename Store>
-void multiply_tile_packed(
-    const Packed<T>& w, const Input<T>* input, int64_t stride, int64_t row, int64_t group,
-    int64_t tile, int64_t num_tiles, const Store& store) {
+// Some rows of the input that are multiplied with a group at once; `index` of `num_tiles`.
+struct Tile {
+  int64_t first_row, num_rows;
+  int64_t index, num_tiles;
+};
+
+// Calls `run` with what a tile fetches while it is multiplied. The only one streams: it fetches a
+// little in front of itself. Of several, each fetches its share of the next group.
+template <typename T, int kPanels, typename Run>
+C10_ALWAYS_INLINE void with_fetch(
+    const Packed<T>& w, int64_t group, const Tile& tile, int64_t bytes_ahead, const Run& run) {
   constexpr int kAll = kPanels * static_cast<int>(kLanes * kDepth<T> * sizeof(T)) / kCacheLineBytes;
   constexpr int kSome = divide_up(kAll, 2);
+  const char* here = reinterpret_cast<const char*>(w.data + group * w.group_size());
+  const char* next = reinterpret_cast<const char*>(w.data + (group + 1) * w.group_size());
+  if (tile.num_tiles == 1) {
+    run(Fetch<kAll>{here + bytes_ahead});
+  } else if (tile.index * kSome < kAll) {
+    run(Fetch<kSome>{next + tile.index * w.num_steps * kSome * kCacheLineBytes});
+  } else {
+    run(Fetch<0>{next});
+  }
+}
+
+template <typename T, int kRows, int kPanels, typename Store>
+void multiply_tile_packed(
+    const Packed<T>& w, const Input<T>* input, int64_t stride, int64_t group, const Tile& tile,
+    const Store& store) {
   constexpr int kAtOnce = pass_panels(kRows, kPanels);
   constexpr int64_t kStepSize = kPanels * kLanes * kDepth<T>;
   Vec sums[kRows][kAtOnce];
@@ -145,20 +167,12 @@ void multiply_tile_packed(
     multiply_pass<T, kRows, kAtOnce>(
         input, stride, weights + first * kLanes * kDepth<T>, kStepSize, w.num_steps, fetch, sums);
     for (int r = 0; r < kRows; ++r) {
-      store(row + r, group * w.group_columns() + first * kLanes, sums[r]);
+      store(tile.first_row + r, group * w.group_columns() + first * kLanes, sums[r]);
     }
   };
-  const char* here = reinterpret_cast<const char*>(weights);
-  const char* next = reinterpret_cast<const char*>(weights + w.group_size());
-  if (num_tiles == 1) {
-    pass(0, Fetch<kAll>{here + kBytesAhead});
-  } else if (tile * kSome < kAll) {
-    pass(0, Fetch<kSome>{next + tile * w.num_steps * kSome * kCacheLineBytes});
-  } else {
-    pass(0, Fetch<0>{next});
-  }
+  with_fetch<T, kPanels>(w, group, tile, kBytesAhead, [&](auto fetch) { pass(0, fetch); });
   for (int first = kAtOnce; first < kPanels; first += kAtOnce) {
-    pass(first, Fetch<0>{next});
+    pass(first, Fetch<0>{nullptr});
   }
 }
 
@@ -190,28 +204,80 @@ const Input<T>* read_rows(const T* input, int64_t stride, int64_t begin, int64_t
   }
 }
 
-template <typename T, int kPanels, typename Store>
-void multiply_groups(
-    const Packed<T>& w, const T* input, int64_t stride, int64_t num_rows, int64_t group_begin,
-    int64_t group_end, const Store& store) {
-  constexpr int kMax = max_rows(kPanels);
+// Calls `multiply(input of the tile, group, tile)` for each of some groups and every tile of up to
+// `max_rows` rows.
+template <typename T, typename Multiply>
+void for_each_tile(
+    const T* input, int64_t stride, int64_t num_rows, int64_t max_rows, int64_t group_begin,
+    int64_t group_end, const Multiply& multiply) {
   const int64_t fitting = kRowBlockBytes / static_cast<int64_t>(stride * sizeof(Input<T>));
-  const int64_t block = std::max<int64_t>(1, fitting / kMax) * kMax;
+  const int64_t block = std::max<int64_t>(1, fitting / max_rows) * max_rows;
   for (int64_t begin = 0; begin < num_rows; begin += block) {
     const int64_t end = std::min(num_rows, begin + block);
-    const int64_t num_tiles = divide_up(end - begin, kMax);
+    const int64_t num_tiles = divide_up(end - begin, max_rows);
     const Input<T>* rows_in = read_rows(input, stride, begin, end);
     for (int64_t group = group_begin; group < group_end; ++group) {
       for (int64_t tile = 0; tile < num_tiles; ++tile) {
         const int64_t first = (end - begin) * tile / num_tiles;
         const int64_t last = (end - begin) * (tile + 1) / num_tiles;
-        with_rows<kMax>(last - first, [&](auto rows) {
-          multiply_tile_packed<T, decltype(rows)::value, kPanels>(
-              w, rows_in + first * stride, stride, begin + first, group, tile, num_tiles, store);
-        });
+        multiply(
+            rows_in + first * stride, group, Tile{begin + first, last - first, tile, num_tiles});
       }
     }
   }
+}
+
+// Whether tile registers multiply with these weights: the same for any number of rows, whose results
+// would else differ by their last bits.
+template <typename T>
+bool goes_in_tiles([[maybe_unused]] const Packed<T>& w) {
+#ifdef SHARDLINE_TILES
+  if constexpr (kPairs<T>) {
+    return w.num_steps % kTileSteps == 0 && may_use_tiles();
+  }
+#endif
+  return false;
+}
+
+template <typename T, int kPanels, typename Store>
+void multiply_groups_in_tiles(
+    const Packed<T>& w, const T* input, int64_t stride, int64_t num_rows, int64_t group_begin,
+    int64_t group_end, const Store& store) {
+#ifdef SHARDLINE_TILES
+  if constexpr (kPairs<T>) {
+    alignas(kCacheLineBytes) float sums[kTileInputRows][kPanels * kLanes];
+    Tiles tiles;
+    const auto multiply = [&](const T* rows, int64_t group, const Tile& tile) {
+      tiles.take_rows(tile.num_rows);
+      with_fetch<T, kPanels>(w, group, tile, kTileBytesAhead, [&](auto fetch) {
+        multiply_tiles<kPanels>(
+            rows, stride, w.data + group * w.group_size(), w.num_steps, fetch, sums[0]);
+      });
+      for (int64_t r = 0; r < tile.num_rows; ++r) {
+        Vec row[kPanels];
+        for (int p = 0; p < kPanels; ++p) {
+          row[p] = Vec::loadu(sums[r] + p * kLanes);
+        }
+        store(tile.first_row + r, group * w.group_columns(), row);
+      }
+    };
+    for_each_tile<T>(input, stride, num_rows, kTileInputRows, group_begin, group_end, multiply);
+  }
+#endif
+}
+
+template <typename T, int kPanels, typename Store>
+void multiply_groups(
+    const Packed<T>& w, const T* input, int64_t stride, int64_t num_rows, int64_t group_begin,
+    int64_t group_end, const Store& store) {
+  constexpr int kMax = max_rows(kPanels);
+  const auto multiply = [&](const Input<T>* rows_in, int64_t group, const Tile& tile) {
+    with_rows<kMax>(tile.num_rows, [&](auto rows) {
+      multiply_tile_packed<T, decltype(rows)::value, kPanels>(
+          w, rows_in, stride, group, tile, store);
+    });
+  };
+  for_each_tile<T>(input, stride, num_rows, kMax, group_begin, group_end, multiply);
 }
 
 // One thread's part of a product: `store(row, first column, vectors of a group)` takes the sums.
@@ -222,10 +288,18 @@ void multiply_packed(
     int num_threads, const Store& store) {
   const int64_t begin = w.num_groups * thread / num_threads;
   const int64_t end = w.num_groups * (thread + 1) / num_threads;
+  const auto run = [&](auto panels) {
+    constexpr int kPanels = decltype(panels)::value;
+    if (goes_in_tiles(w)) {
+      multiply_groups_in_tiles<T, kPanels>(w, input, stride, num_rows, begin, end, store);
+    } else {
+      multiply_groups<T, kPanels>(w, input, stride, num_rows, begin, end, store);
+    }
+  };
   if (w.panels == 3) {
-    multiply_groups<T, 3>(w, input, stride, num_rows, begin, end, store);
+    run(std::integral_constant<int, 3>());
   } else {
-    multiply_groups<T, 4>(w, input, stride, num_rows, begin, end, store);
+    run(std::integral_constant<int, 4>());
   }
 }
 
