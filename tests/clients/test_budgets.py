@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from tests.server.peer import delta, echo
+from tests.server.peer import delta, echo, judged
 
 from shardline_client import (
     BudgetImpossible,
@@ -70,20 +70,7 @@ def test_the_answer_tells_how_it_went(client, peer):
         predicted=wire.BudgetPrediction(ttft_ms=12.0),
     )
 
-    def script(submit):
-        *rest, last = echo(submit)
-        return [
-            *rest,
-            delta(
-                last.request_id,
-                last.index,
-                last.token_ids,
-                finish_reason=FinishReason.LENGTH,
-                budget=outcome,
-            ),
-        ]
-
-    peer.script = script
+    peer.script = lambda submit: judged(submit, outcome)
     expected = BudgetOutcome(
         met=False,
         ttft_ms=30.0,

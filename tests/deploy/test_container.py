@@ -82,16 +82,16 @@ def test_run_sees_secrets_and_leaves_none(root: Path, tmp_path: Path) -> None:
         FROM debian:bookworm
         ARG NAME=argument
         ENV OTHER=variable
-        WORKDIR /work
+        WORKDIR /build
         RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \\
             cat /etc/pip.conf > seen && echo "$NAME $OTHER" > values
         USER 10001:10001
-        RUN id -u > /work/nobody || exit 3
+        RUN id -u > /build/nobody || exit 3
     """
     steps = read_instructions(text)
     with pytest.raises(DockerfileError, match="line 9, RUN: ended with status 3"):
         Builder(tmp_path, tmp_path, {}, machine, lambda _: None).build(steps)
     built = tmp_path / "stage-2"
-    assert (built / "work/seen").read_text() == "hidden"
-    assert (built / "work/values").read_text() == "argument variable\n"
+    assert (built / "build/seen").read_text() == "hidden"
+    assert (built / "build/values").read_text() == "argument variable\n"
     assert not (built / "etc/pip.conf").exists()

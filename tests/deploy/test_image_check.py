@@ -82,10 +82,10 @@ def test_copies_what_dockerignore_lets_through(tmp_path: Path) -> None:
         path.write_text(name)
     text = """
         FROM debian:bookworm AS build
-        WORKDIR /work
+        WORKDIR /build
         COPY . ./
         FROM debian:bookworm
-        COPY --from=build /work/kept /inside
+        COPY --from=build /build/kept /inside
         COPY notes.txt kept /texts/
     """
     image = build(text, tmp_path)

@@ -10,6 +10,7 @@ import msgspec
 import zmq
 
 from shardline_scheduler import Accuracy
+from shardline_scheduler.budget import BudgetOutcome
 from shardline_scheduler.plan import TokenLogprobs
 from shardline_server.messages import (
     Abort,
@@ -66,6 +67,13 @@ def echo(submit: Submit) -> list[Delta]:
         )
         for i, token in enumerate(tokens)
     ]
+
+
+def judged(submit: Submit, outcome: BudgetOutcome) -> list[Delta]:
+    """The same as long as it may be, and how it kept its latency budget."""
+    *rest, last = echo(submit)
+    values = {"finish_reason": FinishReason.LENGTH, "budget": outcome}
+    return [*rest, delta(last.request_id, last.index, last.token_ids, **values)]
 
 
 def made_up_logprobs(token_id: int) -> TokenLogprobs:

@@ -5,7 +5,7 @@ import json
 import grpc
 import pytest
 from tests.server.budget_requests import ASKED, details_of, error_of, post, rpc_request, ways
-from tests.server.peer import delta, echo
+from tests.server.peer import delta, judged
 
 from shardline_scheduler.budget import BudgetOutcome, BudgetPrediction
 from shardline_server.messages import FinishReason
@@ -84,18 +84,7 @@ def records(response):
 
 
 def tell(submit):
-    *rest, last = echo(submit)
-    outcome = OUTCOMES[int(submit.request_id[-1])]
-    return [
-        *rest,
-        delta(
-            last.request_id,
-            last.index,
-            last.token_ids,
-            finish_reason=FinishReason.LENGTH,
-            budget=outcome,
-        ),
-    ]
+    return judged(submit, OUTCOMES[int(submit.request_id[-1])])
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])

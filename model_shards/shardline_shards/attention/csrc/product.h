@@ -230,40 +230,31 @@ void for_each_tile(
 // Whether tile registers multiply with these weights: the same for any number of rows, whose results
 // would else differ by their last bits.
 template <typename T>
-bool goes_in_tiles([[maybe_unused]] const Packed<T>& w) {
-#ifdef SHARDLINE_TILES
-  if constexpr (kPairs<T>) {
-    return w.num_steps % kTileSteps == 0 && may_use_tiles();
-  }
-#endif
-  return false;
+bool goes_in_tiles(const Packed<T>& w) {
+  return w.num_steps % kTileSteps == 0 && may_use_tiles();
 }
 
 template <typename T, int kPanels, typename Store>
 void multiply_groups_in_tiles(
     const Packed<T>& w, const T* input, int64_t stride, int64_t num_rows, int64_t group_begin,
     int64_t group_end, const Store& store) {
-#ifdef SHARDLINE_TILES
-  if constexpr (kPairs<T>) {
-    alignas(kCacheLineBytes) float sums[kTileInputRows][kPanels * kLanes];
-    Tiles tiles;
-    const auto multiply = [&](const T* rows, int64_t group, const Tile& tile) {
-      tiles.take_rows(tile.num_rows);
-      with_fetch<T, kPanels>(w, group, tile, kTileBytesAhead, [&](auto fetch) {
-        multiply_tiles<kPanels>(
-            rows, stride, w.data + group * w.group_size(), w.num_steps, fetch, sums[0]);
-      });
-      for (int64_t r = 0; r < tile.num_rows; ++r) {
-        Vec row[kPanels];
-        for (int p = 0; p < kPanels; ++p) {
-          row[p] = Vec::loadu(sums[r] + p * kLanes);
-        }
-        store(tile.first_row + r, group * w.group_columns(), row);
+  alignas(kCacheLineBytes) float sums[kRowsInTile][kPanels * kLanes];
+  Tiles tiles;
+  const auto multiply = [&](const T* rows, int64_t group, const Tile& tile) {
+    tiles.take_rows(tile.num_rows);
+    with_fetch<T, kPanels>(w, group, tile, kTileBytesAhead, [&](auto fetch) {
+      multiply_tiles<kPanels>(
+          rows, stride, w.data + group * w.group_size(), w.num_steps, fetch, sums[0]);
+    });
+    for (int64_t r = 0; r < tile.num_rows; ++r) {
+      Vec row[kPanels];
+      for (int p = 0; p < kPanels; ++p) {
+        row[p] = Vec::loadu(sums[r] + p * kLanes);
       }
-    };
-    for_each_tile<T>(input, stride, num_rows, kTileInputRows, group_begin, group_end, multiply);
-  }
-#endif
+      store(tile.first_row + r, group * w.group_columns(), row);
+    }
+  };
+  for_each_tile<T>(input, stride, num_rows, kRowsInTile, group_begin, group_end, multiply);
 }
 
 template <typename T, int kPanels, typename Store>
@@ -290,11 +281,12 @@ void multiply_packed(
   const int64_t end = w.num_groups * (thread + 1) / num_threads;
   const auto run = [&](auto panels) {
     constexpr int kPanels = decltype(panels)::value;
-    if (goes_in_tiles(w)) {
-      multiply_groups_in_tiles<T, kPanels>(w, input, stride, num_rows, begin, end, store);
-    } else {
-      multiply_groups<T, kPanels>(w, input, stride, num_rows, begin, end, store);
+    if constexpr (kTiles<T>) {
+      if (goes_in_tiles(w)) {
+        return multiply_groups_in_tiles<T, kPanels>(w, input, stride, num_rows, begin, end, store);
+      }
     }
+    multiply_groups<T, kPanels>(w, input, stride, num_rows, begin, end, store);
   };
   if (w.panels == 3) {
     run(std::integral_constant<int, 3>());

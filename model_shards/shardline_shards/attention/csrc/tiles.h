@@ -5,17 +5,23 @@
 
 #include "vector_math.h"
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(CPU_CAPABILITY_AVX512)
-#define SHARDLINE_TILES
-
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && \
+    defined(CPU_CAPABILITY_AVX512)
+#define SHARDLINE_HAS_TILES
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 
 namespace {
 
-constexpr int64_t kTileInputRows = 16;   // of the input
-constexpr int64_t kTileSteps = 16;  // pairs of the depth
+constexpr int64_t kRowsInTile = 16;  // of the input
+constexpr int64_t kTileSteps = 16;   // pairs of the depth
+
+#ifdef SHARDLINE_HAS_TILES
+
+template <typename T>
+constexpr bool kTiles = std::is_same_v<T, at::BFloat16>;
 
 // Linux lets a process use tile registers once it has asked (Documentation/arch/x86/xstate.rst).
 inline bool may_use_tiles() {
@@ -107,6 +113,22 @@ C10_ALWAYS_INLINE void multiply_tiles(
   }
 }
 
-}  // namespace
+#else
+
+// Named where nothing goes in tiles, and never called.
+template <typename T>
+constexpr bool kTiles = false;
+
+inline bool may_use_tiles() { return false; }
+
+struct Tiles {
+  void take_rows(int64_t) {}
+};
+
+template <int kPanels, typename Fetch>
+void multiply_tiles(
+    const at::BFloat16*, int64_t, const at::BFloat16*, int64_t, Fetch, float*) {}
 
 #endif
+
+}  // namespace
