@@ -6,8 +6,9 @@ from .cost import StepLoad
 from .cost_model import PipeModel
 from .demand import Pace
 
-# What prefill tokens are rounded to: matrix products work in tiles.
-TILE_TOKENS = 32
+# A step that holds nothing else takes so many tokens of a prompt at least, where eight times as many
+# are allowed.
+_LEAST_CHUNK = 32
 # The part of a limit on the time per token that planning uses up.
 USED_PART = 0.95
 
@@ -43,7 +44,7 @@ class Pricing:
         self.max_in_flight = max_in_flight
         self.max_num_tokens = max_num_tokens
         self._num_trips = num_trips_at_once
-        self.tile = TILE_TOKENS if max_num_tokens >= 8 * TILE_TOKENS else 1
+        self.least_chunk = _LEAST_CHUNK if max_num_tokens >= 8 * _LEAST_CHUNK else 1
 
     @property
     def num_in_flight(self) -> int:
@@ -70,7 +71,7 @@ class Pricing:
         """The time of a step that is sure to take so many tokens of a prompt at once."""
         whole = StepLoad(0, decodes.num_decodes, decodes.decode_context, 0)
         whole.add_prefill(min(num_tokens + 1, self.max_num_tokens), context)
-        return self.model.step_seconds(whole) + self._rounding_s(num_tokens + context)
+        return self.model.step_seconds(whole) + self._lost_s(num_tokens + context)
 
     def capacity(self, step_s: float, decodes: StepLoad, longest: int) -> Capacity:
         """Of steps of that time, each with these decodes, for prompts of up to `longest` tokens."""
@@ -78,8 +79,7 @@ class Pricing:
         # in the measure of the first.
         contexts = (0, longest) if len(self.model.stages) > 1 else (0,)
         work = min(self._work_within(step_s, decodes, context) for context in contexts)
-        # Less than a tile is not rounded, and one and a bit to one: half is the most that is lost.
-        work = max(work / 2, work - self._rounding_s(longest))
+        work = max(work / 2, work - self._lost_s(longest))
         return Capacity(step_s, self.model.step_seconds(decodes), work)
 
     def _work_within(self, step_s: float, decodes: StepLoad, context: int) -> float:
@@ -87,11 +87,12 @@ class Pricing:
         num_tokens = min(num_tokens, self.max_num_tokens - decodes.num_decodes)
         return self.model.prefill_seconds(num_tokens, context) if num_tokens > 0 else 0.0
 
-    def _rounding_s(self, context: int) -> float:
-        """What is lost of a step by rounding a chunk down to tiles, at most: tokens cost more the
-        more there are before them.
+    def _lost_s(self, context: int) -> float:
+        """What a step has no use for, at most: a part of a token, and a last one by itself.
+
+        Tokens cost more the more there are before them.
         """
-        return self.model.prefill_seconds(self.tile - 1, context) if self.tile > 1 else 0.0
+        return self.model.prefill_seconds(2, context)
 
     def pace(self, capacity: Capacity, start: float) -> Pace:
         """How prefill work gets on from `start`, the pipe being full; there must be capacity."""

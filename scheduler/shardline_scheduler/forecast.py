@@ -167,9 +167,9 @@ class Forecast:
     @cached_property
     def _stretched_s(self) -> float:
         """What planning lets prompts of guests make of a step at least."""
-        pricing, tile = self._pricing, StepLoad()
-        tile.add_prefill(pricing.tile, self._guests.most_tokens)
-        return max(DECODES_STRETCH * self._calm_s, pricing.model.step_seconds(tile))
+        pricing, least = self._pricing, StepLoad()
+        least.add_prefill(pricing.least_chunk, self._guests.most_tokens)
+        return max(DECODES_STRETCH * self._calm_s, pricing.model.step_seconds(least))
 
     def _work_by(self, time: float) -> float:
         """Prefill work that has been planned by then."""
@@ -249,7 +249,7 @@ class Forecast:
         """What prompts take in steps that hold nothing else that gets on."""
         pricing, decodes = self._pricing, self._decodes_of_all()
         chunk = pricing.model.tokens_within(self._stretched_s, decodes, self._guests.most_tokens)
-        chunk = min(max(chunk, pricing.tile), pricing.max_num_tokens)
+        chunk = min(max(chunk, pricing.least_chunk), pricing.max_num_tokens)
         num_steps = self._guests.num_requests + 1 + prompts.num_prefill_tokens // chunk
         return num_steps * self._calm_s + pricing.model.work_seconds(prompts)
 

@@ -74,7 +74,7 @@ class TimeTarget:
         """
         model = self._pricing.model
         whole_s, least_s = model.prefill_seconds(num_tokens, 0), model.step_seconds(StepLoad())
-        most_steps = max(1, num_tokens // self._pricing.tile)
+        most_steps = max(1, num_tokens // self._pricing.least_chunk)
         num_behind = len(model.stages) - 1
         if not num_behind or not whole_s:
             return inf
@@ -90,7 +90,7 @@ class TimeTarget:
         self._always = always
 
     def affordable_tokens(self, load: StepLoad, context: int, num_wanted: int) -> int:
-        """As many as fit the time, in whole tiles if that is not all that are wanted."""
+        """As many as fit the time."""
         pricing = self._pricing
         most = min(num_wanted, pricing.max_num_tokens - load.num_tokens)
         if most < 1 or not pricing.model.is_ready:
@@ -98,12 +98,10 @@ class TimeTarget:
         num_tokens = pricing.model.tokens_within(self.step_s, load, context)
         if num_tokens >= most:
             return most
-        if num_tokens >= pricing.tile:
-            num_tokens -= (load.num_prefill_tokens + num_tokens) % pricing.tile
         if num_tokens == 1 and context and not self._has_time_for_decode(load, context):
             num_tokens = 0
         is_needed = self._always and not load.num_tokens
-        return max(num_tokens, min(most, pricing.tile) if is_needed else 0)
+        return max(num_tokens, min(most, pricing.least_chunk) if is_needed else 0)
 
     def _has_time_for_decode(self, load: StepLoad, context: int) -> bool:
         """A single token behind others is computed like a decode, and may take longer than it does

@@ -182,7 +182,7 @@ class Judge:
         return min(book.seconds_per_token, arrival.terms.seconds_per_token)
 
     def _is_quick(self, book: Book, arrival: Arrival) -> bool:
-        """Whether decodes are few enough, with time left for a tile of prompts."""
+        """Whether decodes are few enough, with time left for prompts."""
         limit = self._seconds_per_token(book, arrival)
         if limit == inf:
             return True

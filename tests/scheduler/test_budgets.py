@@ -350,6 +350,17 @@ def test_a_tenant_at_ten_times_its_share_costs_another_nothing():
     assert attainment(20.0) >= attainment(0.0) - 0.02
 
 
+def test_who_is_promised_a_first_token_fills_steps_to_the_last_one():
+    """35 steps of 42.75 ms are over in 1.5 s, and each has time for 65 tokens of prompts."""
+    m = machine([(10e-3, 0.5e-3, 0.0, 0.0, 0.0)])
+    limits = LatencyBudget(ttft_ms=1500, tpot_ms=45)
+    visits = [Visit(number, 0.0, 200, 16, limits) for number in range(20)]
+    m.run(visits)
+    admitted = [visit for visit in visits if visit.refusal is None]
+    assert len(admitted) >= 10
+    assert all(visit.met for visit in admitted)
+
+
 @pytest.mark.parametrize("num_stages", [1, 2])
 def test_batch_work_gets_what_interactive_requests_leave(num_stages: int):
     """Half of what can be served is asked for by interactive requests, all of it by batch ones."""
