@@ -81,6 +81,7 @@ class Admission:
         due = self._patience.due(prefill_s, now) if _has_prompt_left(request) else None
         old, terms.rank = terms.first_token_by, Rank.PROMISED
         terms.first_token_by = inf if due is None else due
+        terms.prefill_s = prefill_s  # What is left of it has a say in its place.
         arrival = Arrival(
             request=request,
             terms=terms,
@@ -94,7 +95,6 @@ class Admission:
             terms.rank, terms.first_token_by = Rank.UNLIMITED, old
             self._patience.starving = request
             return None
-        terms.prefill_s = prefill_s
         self._tenants.begin_promise(request.tenant)
         self._urgency.begin_promise(request.budget.priority)
         self.ledger.feasible_step_s = min(step_s, self.ledger.step_s)
