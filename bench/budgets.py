@@ -84,7 +84,8 @@ DEFAULT_POLICIES = [
 def find_capacity(server: Running, policy: Policy, arguments: argparse.Namespace) -> float:
     """Requests per second."""
     options = [*LOADS["0.7x"].options, *policy.options, *PATIENCE, "--find-capacity"]
-    options += ["--rate", str(arguments.first_rate), "--duration", str(arguments.seconds / 2)]
+    options += ["--rate", str(arguments.first_rate), "--duration", str(arguments.seconds)]
+    options += _counted(arguments.seconds)
     found = bench(server.url, options)["capacities"]
     return float(next(one["rate"] for one in found if one["target"] == TARGET))
 
@@ -92,17 +93,22 @@ def find_capacity(server: Running, policy: Policy, arguments: argparse.Namespace
 def measure(
     server: Running, load: Load, policy: Policy, capacity: float, arguments: argparse.Namespace
 ) -> Result:
-    """The summary at one load. The first tenth of the time, and the last, are not counted."""
+    """The summary at one load."""
     rate, seconds = capacity * load.factor, arguments.seconds
     options = [*load.options, *policy.options, *PATIENCE, "--rate", f"{rate:.4g}"]
     options += ["--num-requests", str(max(2, round(rate * seconds)))]
     options += ["--num-seeds", str(arguments.num_seeds), "--seed", "1"]
-    options += ["--warm-up", str(seconds / 10), "--cool-down", str(seconds / 10)]
+    options += _counted(seconds)
     if load.has_trace:
         options += ["--trace", str(arguments.trace)]
     (point,) = bench(server.url, options)["points"]
     memory = {"memory_gib": server.now_bytes / servers.GIB}
     return point["summary"] | {"rate": rate, "runs": point["runs"]} | memory
+
+
+def _counted(seconds: float) -> list[str]:
+    """All but the first tenth of the time, in which an empty server fills up, and the last."""
+    return ["--warm-up", str(seconds / 10), "--cool-down", str(seconds / 10)]
 
 
 def run_policy(name: str, capacity: float | None, arguments: argparse.Namespace) -> Result:

@@ -58,7 +58,11 @@ from shardline_shards.process import start_child
 logger = logging.getLogger("shardline.engine")
 
 _LOOK_INTERVAL_S = 0.5
-_SPARE_AFTER_S = 3.0  # what has just begun to serve needs the cores itself
+# What has just begun to serve needs the cores itself: even in idle time, importing takes a tenth to
+# a fifth of two cores' tokens for ten seconds. So a spare worker is started when there is no work,
+# or else a little later, since without one a worker that dies takes seconds more to come back.
+_SPARE_AFTER_S = 3.0
+_SPARE_DESPITE_WORK_AFTER_S = 10.0
 # What front ends say is read in so small parts that the first answers to a burst do not wait for
 # the last ones, nor the workers for all of them.
 _MOST_READ_AT_ONCE = 8
@@ -190,7 +194,7 @@ class Engine:
             self.frontends.send_all(EngineAskedToLeave(leaving))
         if self._stage_watch is not None:
             self._stage_watch.look(pipe_stats)
-        if self.config.keeps_spare and now >= self._spare_due:
+        if self.config.keeps_spare and now >= self._spare_due():
             self.workers.keep_spare()
         if not self.scheduler.has_work and not self._is_idle_and_checked:
             self.scheduler.check()
@@ -218,7 +222,11 @@ class Engine:
 
     def _is_back(self) -> None:
         self.frontends.send_all(self._ready)
-        self._spare_due = time.monotonic() + _SPARE_AFTER_S
+        self._back_at = time.monotonic()
+
+    def _spare_due(self) -> float:
+        has_work = self.scheduler.has_work
+        return self._back_at + (_SPARE_DESPITE_WORK_AFTER_S if has_work else _SPARE_AFTER_S)
 
     def _read_inbox(self) -> None:
         for _ in range(_MOST_READ_AT_ONCE):

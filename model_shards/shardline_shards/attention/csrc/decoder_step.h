@@ -63,9 +63,9 @@ struct StepShape {
 // Memory of a step, kept from one to the next. Rows are padded with zeros to what products read.
 template <typename T>
 struct Buffers {
-  std::vector<float> hidden, qkv;
-  std::vector<T> normed, query, attended, active;
-  std::vector<std::vector<T>> own_normed;  // by thread
+  Lines<float> hidden, qkv;
+  Lines<T> normed, query, attended, active;
+  std::vector<Lines<T>> own_normed;  // by thread
 };
 
 template <typename T>
@@ -327,7 +327,7 @@ struct HeadStep {
   const float* norm = nullptr;
   const int64_t* indexes = nullptr;
   int64_t num_rows = 0;
-  std::vector<T> normed;  // [num_rows, what products read]
+  Lines<T> normed;  // [num_rows, what products read]
   Team team;
 
   // By each of `num_threads` threads: logits [num_rows, num_outputs].

@@ -50,15 +50,12 @@ struct PackSource {
   }
 };
 
-// The number of vectors in a group that leaves the busiest thread the least to do.
-inline int choose_panels(int64_t num_rows, bool in_turn, int64_t num_threads) {
-  if (in_turn) {
-    return 4;
-  }
+// The number of vectors in a group, 4 or `fewer`, that leaves the busiest thread the least to do.
+inline int choose_panels(int64_t num_rows, int fewer, int64_t num_threads) {
   const auto busiest = [&](int64_t panels) {
     return divide_up(divide_up(num_rows, panels * kLanes), num_threads) * panels;
   };
-  return busiest(4) <= busiest(3) ? 4 : 3;
+  return busiest(4) <= busiest(fewer) ? 4 : fewer;
 }
 
 template <typename T>
@@ -80,9 +77,10 @@ void fill_group(const PackSource& source, int64_t group, int64_t panels, int64_t
 // [groups, steps, panels, lanes, depth] of `source`, in memory of `arena`.
 template <typename T>
 at::Tensor pack(const PackSource& source, int64_t num_threads, Arena& arena) {
-  const int64_t panels = choose_panels(source.num_rows(), source.in_turn, num_threads);
-  const int64_t groups = divide_up(source.num_rows(), panels * kLanes);
   const int64_t steps = divide_up(source.weights[0].size(1), kDepth<T>);
+  const int fewer = goes_in_tiles<T>(steps) ? 2 : 3;  // Tiles are multiplied two by two.
+  const int64_t panels = source.in_turn ? 4 : choose_panels(source.num_rows(), fewer, num_threads);
+  const int64_t groups = divide_up(source.num_rows(), panels * kLanes);
   const int64_t count = groups * steps * panels * kLanes * kDepth<T>;
   const Allocation memory = arena.allocate(count * sizeof(T));
   T* out = reinterpret_cast<T*>(memory.data);

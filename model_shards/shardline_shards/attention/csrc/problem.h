@@ -50,9 +50,9 @@ struct Task {
 
 // A task's state, row by row; the rows are heads x tokens x heads of the group.
 struct State {
-  std::vector<float> output;  // [rows, padded], not yet divided by `sum`
-  std::vector<float> best;    // [rows], largest score so far
-  std::vector<float> sum;     // [rows], sum of exp(score - best)
+  Lines<float> output;  // [rows, padded], not yet divided by `sum`
+  Lines<float> best;    // [rows], largest score so far
+  Lines<float> sum;     // [rows], sum of exp(score - best)
 
   void reset(int64_t rows, int64_t padded) {
     output.assign(rows * padded, 0.f);
@@ -63,11 +63,11 @@ struct State {
 
 struct Scratch {
   State state;
-  std::vector<float> query;   // [rows, head_dim], scaled
-  std::vector<float> scores;  // [rows, kKeys]
-  std::vector<float> rows;    // [kLanes, padded]
-  std::vector<float> keys;    // [padded, kKeys]: turned round
-  std::vector<float> values;  // [kKeys, padded]
+  Lines<float> query;   // [rows, head_dim], scaled
+  Lines<float> scores;  // [rows, kKeys]
+  Lines<float> rows;    // [kLanes, padded]
+  Lines<float> keys;    // [padded, kKeys]: turned round
+  Lines<float> values;  // [kKeys, padded]
   int64_t offsets[kKeys + kKeysAhead];  // where in the pools each key's first head starts
 
   void reset(int64_t rows, int64_t padded) {

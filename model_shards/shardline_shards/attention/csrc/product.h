@@ -33,6 +33,7 @@ using Input = std::conditional_t<kPairs<T>, T, float>;
 
 constexpr int kNumRegisters = kLanes == 8 ? 16 : 32;
 constexpr int64_t kRowBlockBytes = 1 << 18;  // of input that stays in a core's cache
+constexpr int64_t kTileRowBlockBytes = 1 << 20;  // likewise, where there are tile registers
 constexpr int64_t kBytesAhead = 2048;        // how far in front of a pass weights are fetched
 constexpr int64_t kTileBytesAhead = 8192;    // likewise, where tile registers multiply
 
@@ -67,24 +68,24 @@ struct Packed {
 };
 
 // Weights that will be needed, fetched on the way: `kLines` cache lines a step from `from` on.
-template <int kLines>
+template <int kLines, int kLocality = 3>
 struct Fetch {
   const char* from;
 
   C10_ALWAYS_INLINE void step() {
 #pragma GCC unroll 4
     for (int i = 0; i < kLines; ++i) {
-      __builtin_prefetch(from + i * kCacheLineBytes);
+      __builtin_prefetch(from + i * kCacheLineBytes, 0, kLocality);
     }
     from += kLines * kCacheLineBytes;
   }
 };
 
 // Sums of the kPanels vectors at `weights`, of which a step of the depth holds `step_size` numbers.
-template <typename T, int kRows, int kPanels, int kLines>
+template <typename T, int kRows, int kPanels, typename Fetch>
 C10_ALWAYS_INLINE void multiply_pass(
     const Input<T>* input, int64_t stride, const T* weights, int64_t step_size, int64_t num_steps,
-    Fetch<kLines> fetch, Vec (&sums)[kRows][kPanels]) {
+    Fetch fetch, Vec (&sums)[kRows][kPanels]) {
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -149,7 +150,7 @@ C10_ALWAYS_INLINE void with_fetch(
   if (tile.num_tiles == 1) {
     run(Fetch<kAll>{here + bytes_ahead});
   } else if (tile.index * kSome < kAll) {
-    run(Fetch<kSome>{next + tile.index * w.num_steps * kSome * kCacheLineBytes});
+    run(Fetch<kSome, 2>{next + tile.index * w.num_steps * kSome * kCacheLineBytes});
   } else {
     run(Fetch<0>{next});
   }
@@ -194,7 +195,7 @@ const Input<T>* read_rows(const T* input, int64_t stride, int64_t begin, int64_t
   if constexpr (std::is_same_v<T, Input<T>>) {
     return input + begin * stride;
   } else {
-    thread_local std::vector<float> wide;
+    thread_local Lines<float> wide;
     const size_t size = (end - begin) * stride;
     if (wide.size() < size) {
       wide.resize(size);
@@ -205,13 +206,15 @@ const Input<T>* read_rows(const T* input, int64_t stride, int64_t begin, int64_t
 }
 
 // Calls `multiply(input of the tile, group, tile)` for each of some groups and every tile of up to
-// `max_rows` rows.
+// `max_rows` rows, in even blocks of up to `block_bytes`.
 template <typename T, typename Multiply>
 void for_each_tile(
-    const T* input, int64_t stride, int64_t num_rows, int64_t max_rows, int64_t group_begin,
-    int64_t group_end, const Multiply& multiply) {
-  const int64_t fitting = kRowBlockBytes / static_cast<int64_t>(stride * sizeof(Input<T>));
-  const int64_t block = std::max<int64_t>(1, fitting / max_rows) * max_rows;
+    const T* input, int64_t stride, int64_t num_rows, int64_t max_rows, int64_t block_bytes,
+    int64_t group_begin, int64_t group_end, const Multiply& multiply) {
+  const int64_t fitting = block_bytes / static_cast<int64_t>(stride * sizeof(Input<T>));
+  const int64_t most = std::max<int64_t>(1, fitting / max_rows) * max_rows;
+  const int64_t num_blocks = std::max<int64_t>(1, divide_up(num_rows, most));
+  const int64_t block = divide_up(divide_up(num_rows, num_blocks), max_rows) * max_rows;
   for (int64_t begin = 0; begin < num_rows; begin += block) {
     const int64_t end = std::min(num_rows, begin + block);
     const int64_t num_tiles = divide_up(end - begin, max_rows);
@@ -230,21 +233,21 @@ void for_each_tile(
 // Whether tile registers multiply with these weights: the same for any number of rows, whose results
 // would else differ by their last bits.
 template <typename T>
-bool goes_in_tiles(const Packed<T>& w) {
-  return w.num_steps % kTileSteps == 0 && may_use_tiles();
+bool goes_in_tiles(int64_t num_steps) {
+  return kTiles<T> && num_steps % kTileSteps == 0 && may_use_tiles();
 }
 
 template <typename T, int kPanels, typename Store>
 void multiply_groups_in_tiles(
     const Packed<T>& w, const T* input, int64_t stride, int64_t num_rows, int64_t group_begin,
     int64_t group_end, const Store& store) {
-  alignas(kCacheLineBytes) float sums[kRowsInTile][kPanels * kLanes];
+  alignas(kCacheLineBytes) float sums[kRowsInPair][kPanels * kLanes];
   Tiles tiles;
   const auto multiply = [&](const T* rows, int64_t group, const Tile& tile) {
-    tiles.take_rows(tile.num_rows);
     with_fetch<T, kPanels>(w, group, tile, kTileBytesAhead, [&](auto fetch) {
       multiply_tiles<kPanels>(
-          rows, stride, w.data + group * w.group_size(), w.num_steps, fetch, sums[0]);
+          tiles, rows, stride, tile.num_rows, w.data + group * w.group_size(), w.num_steps, fetch,
+          Fetch<0>{nullptr}, sums[0]);
     });
     for (int64_t r = 0; r < tile.num_rows; ++r) {
       Vec row[kPanels];
@@ -254,7 +257,8 @@ void multiply_groups_in_tiles(
       store(tile.first_row + r, group * w.group_columns(), row);
     }
   };
-  for_each_tile<T>(input, stride, num_rows, kRowsInTile, group_begin, group_end, multiply);
+  for_each_tile<T>(
+      input, stride, num_rows, kRowsInPair, kTileRowBlockBytes, group_begin, group_end, multiply);
 }
 
 template <typename T, int kPanels, typename Store>
@@ -268,7 +272,8 @@ void multiply_groups(
           w, rows_in, stride, group, tile, store);
     });
   };
-  for_each_tile<T>(input, stride, num_rows, kMax, group_begin, group_end, multiply);
+  for_each_tile<T>(
+      input, stride, num_rows, kMax, kRowBlockBytes, group_begin, group_end, multiply);
 }
 
 // One thread's part of a product: `store(row, first column, vectors of a group)` takes the sums.
@@ -280,19 +285,19 @@ void multiply_packed(
   const int64_t begin = w.num_groups * thread / num_threads;
   const int64_t end = w.num_groups * (thread + 1) / num_threads;
   const auto run = [&](auto panels) {
-    constexpr int kPanels = decltype(panels)::value;
-    if constexpr (kTiles<T>) {
-      if (goes_in_tiles(w)) {
-        return multiply_groups_in_tiles<T, kPanels>(w, input, stride, num_rows, begin, end, store);
-      }
-    }
-    multiply_groups<T, kPanels>(w, input, stride, num_rows, begin, end, store);
+    multiply_groups<T, decltype(panels)::value>(w, input, stride, num_rows, begin, end, store);
   };
-  if (w.panels == 3) {
-    run(std::integral_constant<int, 3>());
-  } else {
-    run(std::integral_constant<int, 4>());
+  const auto run_in_tiles = [&](auto panels) {
+    multiply_groups_in_tiles<T, decltype(panels)::value>(
+        w, input, stride, num_rows, begin, end, store);
+  };
+  if constexpr (kTiles<T>) {
+    if (goes_in_tiles<T>(w.num_steps)) {
+      return w.panels == 2 ? run_in_tiles(std::integral_constant<int, 2>())
+                           : run_in_tiles(std::integral_constant<int, 4>());
+    }
   }
+  w.panels == 3 ? run(std::integral_constant<int, 3>()) : run(std::integral_constant<int, 4>());
 }
 
 }  // namespace

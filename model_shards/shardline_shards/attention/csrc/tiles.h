@@ -16,6 +16,7 @@
 namespace {
 
 constexpr int64_t kRowsInTile = 16;  // of the input
+constexpr int64_t kRowsInPair = 2 * kRowsInTile;
 constexpr int64_t kTileSteps = 16;   // pairs of the depth
 
 #ifdef SHARDLINE_HAS_TILES
@@ -37,7 +38,8 @@ struct alignas(kCacheLineBytes) TileShapes {
   uint8_t num_rows[16] = {};
 };
 
-// A thread's tiles while it multiplies: sums in 0 to 3, input in 4, weights in 5 to 7.
+// A thread's tiles while it multiplies: sums in 0 to 3, input and weights in 4 to 7. The sums of two
+// tiles of rows lie in turn.
 class Tiles {
  public:
   ~Tiles() {
@@ -46,14 +48,21 @@ class Tiles {
     }
   }
 
+  // For one tile of so many rows, or for two, each of which has about half of them.
   void take_rows(int64_t num_rows) {
     if (num_rows == num_rows_) {
       return;
     }
     TileShapes shapes;
+    const bool is_pair = num_rows > kRowsInTile;
+    const int64_t num_upper = is_pair ? divide_up(num_rows, 2) : num_rows;
+    const int64_t num_lower = is_pair ? num_rows - num_upper : num_rows;
     for (int tile = 0; tile < 8; ++tile) {
+      const bool is_input = tile == 4 || (is_pair && tile == 5);
+      const bool is_weights = tile > 3 && !is_input;
       shapes.row_bytes[tile] = kCacheLineBytes;
-      shapes.num_rows[tile] = static_cast<uint8_t>(tile <= 4 ? num_rows : kTileSteps);
+      shapes.num_rows[tile] =
+          static_cast<uint8_t>(is_weights ? kTileSteps : tile % 2 == 0 ? num_upper : num_lower);
     }
     _tile_loadconfig(&shapes);
     num_rows_ = num_rows;
@@ -63,53 +72,111 @@ class Tiles {
   int64_t num_rows_ = 0;
 };
 
-// sums [rows, kPanels, kLanes] of as many rows as the tiles have taken; `num_steps` is a multiple of
-// kTileSteps, and `fetch` takes a step for each of them.
+constexpr int64_t kPanelSize = 2 * kRowsInTile;  // of a step of the depth
+
+template <typename Fetch>
+C10_ALWAYS_INLINE void fetch_some(Fetch& fetch) {
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < kTileSteps / 4; ++i) {
+    fetch.step();
+  }
+}
+
+// sums [rows, kPanels, kLanes] of as many rows as the tiles have taken, a tile at most; `num_steps`
+// is a multiple of kTileSteps, and `fetch` takes a step for each of them.
 template <int kPanels, typename Fetch>
-C10_ALWAYS_INLINE void multiply_tiles(
+C10_ALWAYS_INLINE void multiply_tile(
     const at::BFloat16* input, int64_t stride, const at::BFloat16* weights, int64_t num_steps,
     Fetch fetch, float* sums) {
-  static_assert(kLanes == 16 && (kPanels == 3 || kPanels == 4));
-  constexpr int64_t kPanelSize = 2 * kLanes;
+  static_assert(kLanes == 16 && (kPanels == 2 || kPanels == 4));
   constexpr int64_t kStepBytes = kPanels * kPanelSize * sizeof(at::BFloat16);
   constexpr int64_t kRowBytes = kPanels * kLanes * sizeof(float);
   const int64_t input_bytes = stride * static_cast<int64_t>(sizeof(at::BFloat16));
-  const auto fetch_some = [&] {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      fetch.step();
-    }
-  };
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
-  if constexpr (kPanels == 4) {
-    _tile_zero(3);
-  }
+  _tile_zero(3);
   for (int64_t k = 0; k < num_steps; k += kTileSteps) {
     _tile_loadd(4, input, input_bytes);
     _tile_loadd(5, weights, kStepBytes);
     _tile_dpbf16ps(0, 4, 5);
-    fetch_some();
+    fetch_some(fetch);
     _tile_loadd(6, weights + kPanelSize, kStepBytes);
     _tile_dpbf16ps(1, 4, 6);
-    fetch_some();
-    _tile_loadd(7, weights + 2 * kPanelSize, kStepBytes);
-    _tile_dpbf16ps(2, 4, 7);
-    fetch_some();
+    fetch_some(fetch);
+    if constexpr (kPanels == 4) {
+      _tile_loadd(7, weights + 2 * kPanelSize, kStepBytes);
+      _tile_dpbf16ps(2, 4, 7);
+    }
+    fetch_some(fetch);
     if constexpr (kPanels == 4) {
       _tile_loadd(5, weights + 3 * kPanelSize, kStepBytes);
       _tile_dpbf16ps(3, 4, 5);
     }
-    fetch_some();
+    fetch_some(fetch);
     input += 2 * kTileSteps;
     weights += kTileSteps * kPanels * kPanelSize;
   }
   _tile_stored(0, sums, kRowBytes);
   _tile_stored(1, sums + kLanes, kRowBytes);
-  _tile_stored(2, sums + 2 * kLanes, kRowBytes);
   if constexpr (kPanels == 4) {
+    _tile_stored(2, sums + 2 * kLanes, kRowBytes);
     _tile_stored(3, sums + 3 * kLanes, kRowBytes);
+  }
+}
+
+// The same for the two tiles that `num_rows` rows make, and for two panels of all: whatever is loaded
+// is multiplied twice.
+template <int kPanels, typename Fetch>
+C10_ALWAYS_INLINE void multiply_pair(
+    const at::BFloat16* input, int64_t stride, int64_t num_rows, const at::BFloat16* weights,
+    int64_t num_steps, Fetch fetch, float* sums) {
+  constexpr int64_t kStepBytes = kPanels * kPanelSize * sizeof(at::BFloat16);
+  constexpr int64_t kRowBytes = kPanels * kLanes * sizeof(float);
+  const int64_t input_bytes = stride * static_cast<int64_t>(sizeof(at::BFloat16));
+  const int64_t num_upper = divide_up(num_rows, 2);
+  const at::BFloat16* lower = input + num_upper * stride;
+  float* lower_sums = sums + num_upper * kPanels * kLanes;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t k = 0; k < num_steps; k += kTileSteps) {
+    _tile_loadd(4, input, input_bytes);
+    _tile_loadd(6, weights, kStepBytes);
+    _tile_dpbf16ps(0, 4, 6);
+    fetch_some(fetch);
+    _tile_loadd(5, lower, input_bytes);
+    _tile_dpbf16ps(1, 5, 6);
+    fetch_some(fetch);
+    _tile_loadd(7, weights + kPanelSize, kStepBytes);
+    _tile_dpbf16ps(2, 4, 7);
+    fetch_some(fetch);
+    _tile_dpbf16ps(3, 5, 7);
+    fetch_some(fetch);
+    input += 2 * kTileSteps;
+    lower += 2 * kTileSteps;
+    weights += kTileSteps * kPanels * kPanelSize;
+  }
+  _tile_stored(0, sums, kRowBytes);
+  _tile_stored(1, lower_sums, kRowBytes);
+  _tile_stored(2, sums + kLanes, kRowBytes);
+  _tile_stored(3, lower_sums + kLanes, kRowBytes);
+}
+
+// sums [num_rows, kPanels, kLanes] of up to two tiles of rows, which `tiles` takes.
+template <int kPanels, typename Fetch, typename Nothing>
+C10_ALWAYS_INLINE void multiply_tiles(
+    Tiles& tiles, const at::BFloat16* input, int64_t stride, int64_t num_rows,
+    const at::BFloat16* weights, int64_t num_steps, Fetch fetch, Nothing nothing, float* sums) {
+  tiles.take_rows(num_rows);
+  if (num_rows <= kRowsInTile) {
+    return multiply_tile<kPanels>(input, stride, weights, num_steps, fetch, sums);
+  }
+  multiply_pair<kPanels>(input, stride, num_rows, weights, num_steps, fetch, sums);
+  if constexpr (kPanels == 4) {
+    multiply_pair<kPanels>(
+        input, stride, num_rows, weights + 2 * kPanelSize, num_steps, nothing, sums + 2 * kLanes);
   }
 }
 
@@ -121,13 +188,12 @@ constexpr bool kTiles = false;
 
 inline bool may_use_tiles() { return false; }
 
-struct Tiles {
-  void take_rows(int64_t) {}
-};
+struct Tiles {};
 
-template <int kPanels, typename Fetch>
+template <int kPanels, typename Fetch, typename Nothing>
 void multiply_tiles(
-    const at::BFloat16*, int64_t, const at::BFloat16*, int64_t, Fetch, float*) {}
+    Tiles&, const at::BFloat16*, int64_t, int64_t, const at::BFloat16*, int64_t, Fetch, Nothing,
+    float*) {}
 
 #endif
 

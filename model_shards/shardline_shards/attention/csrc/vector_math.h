@@ -20,7 +20,9 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <new>
 #include <type_traits>
+#include <vector>
 
 namespace {
 
@@ -32,6 +34,26 @@ constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t pad(int64_t size) { return divide_up(size, kLanes) * kLanes; }
+
+// Begins at a cache line, so that a vector of it touches one and not two.
+template <typename T>
+struct LineAllocator {
+  using value_type = T;
+  static constexpr std::align_val_t kAlignment{kCacheLineBytes};
+
+  LineAllocator() = default;
+  template <typename U>
+  LineAllocator(const LineAllocator<U>&) {}
+
+  T* allocate(size_t count) {
+    return static_cast<T*>(::operator new(count * sizeof(T), kAlignment));
+  }
+  void deallocate(T* memory, size_t) { ::operator delete(memory, kAlignment); }
+  bool operator==(const LineAllocator&) const = default;
+};
+
+template <typename T>
+using Lines = std::vector<T, LineAllocator<T>>;
 
 template <typename T>
 C10_ALWAYS_INLINE Vec load_wide(const T* from) {
