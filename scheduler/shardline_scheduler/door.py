@@ -89,8 +89,9 @@ class Door:
         )
 
     def _allow_for_spread(self, book: Book, terms: Terms) -> None:
-        """Planning adds what one step in ten exceeds. Over many tokens that averages out; the mean
-        of few, whose spread falls with the root of their number, needs about twice as much.
+        """Planning adds what one step in ten exceeds. Over many tokens that averages out, but for
+        what makes all of them slow: half of it is kept. The mean of few, whose spread falls with
+        the root of their number, needs about twice as much.
         """
         num_later = terms.num_planned_tokens - 1
         if terms.seconds_per_token == inf or not self._pricing.model.is_ready:
@@ -98,7 +99,7 @@ class Door:
         pricing = self._pricing
         spread = pricing.spread_of(pricing.share_of(len(book) + 1, book.num_tokens))
         of_mean = _SURE * spread / sqrt(num_later * pricing.max_in_flight)
-        terms.seconds_per_token *= (1 + spread) / (1 + max(spread, of_mean))
+        terms.seconds_per_token *= (1 + spread) / (1 + max(spread / 2, of_mean))
 
     def _predict(self, book: Book, request: Request, ahead: Ahead) -> _Expected:
         """Beside that book.
