@@ -22,6 +22,7 @@ _WINDOW = 64
 _OUTLIER_MADS = 5.0
 _LEAST_MAD = 0.02
 _QUANTILE = 0.9
+_MANY_RESIDUALS = 32
 _TRIP_SMOOTHING = 0.05
 # What a prefill token costs at least, in seconds: with a tiny model the fit may well say nothing,
 # and who admits by what a step has room for must still be able to count steps.
@@ -327,11 +328,16 @@ def scaled_features(load: StepLoad) -> tuple[float, ...]:
 
 
 def margin_of(residuals: Sequence[float]) -> float:
-    """What to add to predictions, as a share of them: the 0.9 quantile of the residuals, and while
-    they are few all but the largest. A stall by itself says nothing of other steps.
+    """What to add to predictions, as a share of them: the 0.9 quantile of the residuals.
+
+    Fewer than `_MANY_RESIDUALS` are filled up with usual ones: two or three stalls by themselves say
+    nothing of other steps, and who plans with them makes no more steps that would teach better.
     """
-    num_within = min(ceil(_QUANTILE * len(residuals)), len(residuals) - 1)
-    return max(0.0, sorted(residuals)[num_within - 1]) if num_within > 0 else 0.0
+    if len(residuals) < 2:
+        return 0.0
+    usual = quantile([abs(value) for value in residuals], 0.5)
+    filled = [*residuals, *[usual] * (_MANY_RESIDUALS - len(residuals))]
+    return max(0.0, quantile(filled, _QUANTILE))
 
 
 def quantile(values: Sequence[float], q: float) -> float:

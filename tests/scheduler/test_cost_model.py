@@ -205,3 +205,15 @@ def test_one_stall_among_the_first_steps_says_nothing_of_the_others():
     assert model.planned_seconds(load) == pytest.approx(0.01, rel=0.01)
     model.observe(load, 0.2)
     assert model.planned_seconds(load) == pytest.approx(0.2, rel=0.01)
+
+
+def test_three_stalls_among_twenty_steps_say_nothing_of_the_others_and_six_do():
+    model, load = StageModel(), StepLoad(num_decodes=8, decode_context=800)
+    for _ in range(20):
+        model.observe(load, 0.01)
+    for _ in range(3):
+        model.observe(load, 0.2)
+    assert model.planned_seconds(load) == pytest.approx(0.01, rel=0.01)
+    for _ in range(3):
+        model.observe(load, 0.2)
+    assert model.planned_seconds(load) > 0.1
