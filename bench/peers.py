@@ -49,7 +49,11 @@ class Case:
 
 SEED = ("--seed", "7")  # so that it can be sent again, for whoever caches prefixes
 # Half of the requests are long prompts with one token of output, which has no ITL of its own.
-MIXED = ("--budget", "standard", "--budget", "batch:prompt=2048,output=1", "--no-send-budget")
+# Who is long is drawn: the same ones for every server.
+MIXED = (
+    *("--budget", "standard", "--budget", "batch:prompt=2048,output=1", "--no-send-budget"),
+    *("--seed", "12"),
+)
 CASES = {
     "1 stream": Case(num_streams=1, num_waves=3),
     "8 streams": Case(num_streams=8, num_waves=2),

@@ -6,8 +6,8 @@ from .cost import StepLoad
 from .cost_model import PipeModel
 from .demand import Pace
 
-# A step that holds nothing else takes so many tokens of a prompt at least, where eight times as many
-# are allowed.
+# A step that holds nothing else takes so many tokens of a prompt at least, where eight times as
+# many are allowed.
 _LEAST_CHUNK = 32
 # The part of a limit on the time per token that planning uses up.
 USED_PART = 0.95

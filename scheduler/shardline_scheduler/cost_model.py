@@ -330,8 +330,8 @@ def scaled_features(load: StepLoad) -> tuple[float, ...]:
 def margin_of(residuals: Sequence[float]) -> float:
     """What to add to predictions, as a share of them: the 0.9 quantile of the residuals.
 
-    Fewer than `_MANY_RESIDUALS` are filled up with usual ones: two or three stalls by themselves say
-    nothing of other steps, and who plans with them makes no more steps that would teach better.
+    Fewer than `_MANY_RESIDUALS` are filled up with usual ones: two or three stalls by themselves
+    say nothing of other steps, and who plans with them makes no more steps that would teach better.
     """
     if len(residuals) < 2:
         return 0.0

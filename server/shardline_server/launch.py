@@ -9,6 +9,8 @@ import sys
 from collections.abc import Coroutine
 from pathlib import Path
 
+import uvloop
+
 from shardline_scheduler.budget import Priority
 from shardline_server.budgets import BudgetPolicy
 from shardline_server.engine_config import NodesConfig
@@ -47,7 +49,8 @@ def serve(settings: ServeSettings) -> int:
         print(_waiting_line(config.nodes, is_secret_known=settings.secret is not None), flush=True)
     supervisor = Supervisor(config)
     try:
-        return asyncio.run(_serve(settings, model_path, supervisor))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_serve(settings, model_path, supervisor))
     finally:
         supervisor.stop()
 

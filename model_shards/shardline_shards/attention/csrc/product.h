@@ -67,25 +67,11 @@ struct Packed {
   int64_t input_stride() const { return num_steps * kDepth<T>; }
 };
 
-// Weights that will be needed, fetched on the way: `kLines` cache lines a step from `from` on.
-template <int kLines, int kLocality = 3>
-struct Fetch {
-  const char* from;
-
-  C10_ALWAYS_INLINE void step() {
-#pragma GCC unroll 4
-    for (int i = 0; i < kLines; ++i) {
-      __builtin_prefetch(from + i * kCacheLineBytes, 0, kLocality);
-    }
-    from += kLines * kCacheLineBytes;
-  }
-};
-
 // Sums of the kPanels vectors at `weights`, of which a step of the depth holds `step_size` numbers.
-template <typename T, int kRows, int kPanels, typename Fetch>
+template <typename T, int kRows, int kPanels, typename Fetching>
 C10_ALWAYS_INLINE void multiply_pass(
     const Input<T>* input, int64_t stride, const T* weights, int64_t step_size, int64_t num_steps,
-    Fetch fetch, Vec (&sums)[kRows][kPanels]) {
+    Fetching fetch, Vec (&sums)[kRows][kPanels]) {
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -247,7 +233,7 @@ void multiply_groups_in_tiles(
     with_fetch<T, kPanels>(w, group, tile, kTileBytesAhead, [&](auto fetch) {
       multiply_tiles<kPanels>(
           tiles, rows, stride, tile.num_rows, w.data + group * w.group_size(), w.num_steps, fetch,
-          Fetch<0>{nullptr}, sums[0]);
+          sums[0]);
     });
     for (int64_t r = 0; r < tile.num_rows; ++r) {
       Vec row[kPanels];

@@ -74,8 +74,8 @@ class Tiles {
 
 constexpr int64_t kPanelSize = 2 * kRowsInTile;  // of a step of the depth
 
-template <typename Fetch>
-C10_ALWAYS_INLINE void fetch_some(Fetch& fetch) {
+template <typename Fetching>
+C10_ALWAYS_INLINE void fetch_some(Fetching& fetch) {
 #pragma GCC unroll 4
   for (int64_t i = 0; i < kTileSteps / 4; ++i) {
     fetch.step();
@@ -84,10 +84,10 @@ C10_ALWAYS_INLINE void fetch_some(Fetch& fetch) {
 
 // sums [rows, kPanels, kLanes] of as many rows as the tiles have taken, a tile at most; `num_steps`
 // is a multiple of kTileSteps, and `fetch` takes a step for each of them.
-template <int kPanels, typename Fetch>
+template <int kPanels, typename Fetching>
 C10_ALWAYS_INLINE void multiply_tile(
     const at::BFloat16* input, int64_t stride, const at::BFloat16* weights, int64_t num_steps,
-    Fetch fetch, float* sums) {
+    Fetching fetch, float* sums) {
   static_assert(kLanes == 16 && (kPanels == 2 || kPanels == 4));
   constexpr int64_t kStepBytes = kPanels * kPanelSize * sizeof(at::BFloat16);
   constexpr int64_t kRowBytes = kPanels * kLanes * sizeof(float);
@@ -127,10 +127,10 @@ C10_ALWAYS_INLINE void multiply_tile(
 
 // The same for the two tiles that `num_rows` rows make, and for two panels of all: whatever is loaded
 // is multiplied twice.
-template <int kPanels, typename Fetch>
+template <int kPanels, typename Fetching>
 C10_ALWAYS_INLINE void multiply_pair(
     const at::BFloat16* input, int64_t stride, int64_t num_rows, const at::BFloat16* weights,
-    int64_t num_steps, Fetch fetch, float* sums) {
+    int64_t num_steps, Fetching fetch, float* sums) {
   constexpr int64_t kStepBytes = kPanels * kPanelSize * sizeof(at::BFloat16);
   constexpr int64_t kRowBytes = kPanels * kLanes * sizeof(float);
   const int64_t input_bytes = stride * static_cast<int64_t>(sizeof(at::BFloat16));
@@ -165,10 +165,10 @@ C10_ALWAYS_INLINE void multiply_pair(
 }
 
 // sums [num_rows, kPanels, kLanes] of up to two tiles of rows, which `tiles` takes.
-template <int kPanels, typename Fetch, typename Nothing>
+template <int kPanels, typename Fetching>
 C10_ALWAYS_INLINE void multiply_tiles(
     Tiles& tiles, const at::BFloat16* input, int64_t stride, int64_t num_rows,
-    const at::BFloat16* weights, int64_t num_steps, Fetch fetch, Nothing nothing, float* sums) {
+    const at::BFloat16* weights, int64_t num_steps, Fetching fetch, float* sums) {
   tiles.take_rows(num_rows);
   if (num_rows <= kRowsInTile) {
     return multiply_tile<kPanels>(input, stride, weights, num_steps, fetch, sums);
@@ -176,7 +176,8 @@ C10_ALWAYS_INLINE void multiply_tiles(
   multiply_pair<kPanels>(input, stride, num_rows, weights, num_steps, fetch, sums);
   if constexpr (kPanels == 4) {
     multiply_pair<kPanels>(
-        input, stride, num_rows, weights + 2 * kPanelSize, num_steps, nothing, sums + 2 * kLanes);
+        input, stride, num_rows, weights + 2 * kPanelSize, num_steps, Fetch<0>{nullptr},
+        sums + 2 * kLanes);
   }
 }
 
@@ -190,10 +191,10 @@ inline bool may_use_tiles() { return false; }
 
 struct Tiles {};
 
-template <int kPanels, typename Fetch, typename Nothing>
+template <int kPanels, typename Fetching>
 void multiply_tiles(
-    Tiles&, const at::BFloat16*, int64_t, int64_t, const at::BFloat16*, int64_t, Fetch, Nothing,
-    float*) {}
+    Tiles&, const at::BFloat16*, int64_t, int64_t, const at::BFloat16*, int64_t, Fetching, float*) {
+}
 
 #endif
 

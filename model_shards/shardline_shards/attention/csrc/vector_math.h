@@ -75,6 +75,21 @@ C10_ALWAYS_INLINE void prefetch_row(const T* row, int64_t size) {
   }
 }
 
+// Weights that will be needed, fetched on the way: `kLines` cache lines a step from `from` on, into the
+// first cache, or with locality 2 into the second.
+template <int kLines, int kLocality = 3>
+struct Fetch {
+  const char* from;
+
+  C10_ALWAYS_INLINE void step() {
+#pragma GCC unroll 4
+    for (int i = 0; i < kLines; ++i) {
+      __builtin_prefetch(from + i * kCacheLineBytes, 0, kLocality);
+    }
+    from += kLines * kCacheLineBytes;
+  }
+};
+
 // out[0, size) = row[0, size)
 template <typename T>
 C10_ALWAYS_INLINE void widen_row(const T* row, float* out, int64_t size) {
