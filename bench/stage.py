@@ -2,9 +2,10 @@
 
     OMP_WAIT_POLICY=PASSIVE python bench/stage.py demo [--modules]
 
-Steps of 1, 4, 8 and 32 decodes over 300 tokens each, and of a prompt of 256: the forward pass from
-token ids to logits, without scheduling and sampling. The floor is what reading as many bytes as a
-token has weights takes, measured in the same run. `--modules` measures the library's own modules.
+Steps of 1, 4, 8 and 32 decodes over 300 tokens each, and of prompts of 32 to 256 tokens: the
+forward pass from token ids to logits, without scheduling and sampling. The floor is what reading as
+many bytes as a token has weights takes, measured in the same run. `--modules` measures the
+library's own modules.
 """
 
 import argparse
@@ -27,8 +28,9 @@ from shardline_shards.stage_model import StageModel, build_stage_model, load_con
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 16
-NUM_CONTEXT_TOKENS, NUM_PROMPT_TOKENS = 300, 256
+NUM_CONTEXT_TOKENS = 300
 NUM_DECODES = (1, 4, 8, 32)
+NUM_PROMPT_TOKENS = (32, 64, 128, 256)
 
 
 def load(model: str, dtype: torch.dtype) -> tuple[StageModel, int]:
@@ -117,8 +119,9 @@ def main() -> None:
     for num_decodes in NUM_DECODES:
         batch = make_batch(batches, num_decodes, NUM_CONTEXT_TOKENS - 1, 1)
         measure(stage, f"{num_decodes} decodes", batch, floor)
-    batch = make_batch(batches, 1, 0, NUM_PROMPT_TOKENS)
-    measure(stage, f"{NUM_PROMPT_TOKENS} of a prompt", batch, floor)
+    for num_tokens in NUM_PROMPT_TOKENS:
+        batch = make_batch(batches, 1, 0, num_tokens)
+        measure(stage, f"{num_tokens} of a prompt", batch, floor)
 
 
 if __name__ == "__main__":

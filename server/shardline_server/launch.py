@@ -49,8 +49,7 @@ def serve(settings: ServeSettings) -> int:
         print(_waiting_line(config.nodes, is_secret_known=settings.secret is not None), flush=True)
     supervisor = Supervisor(config)
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_serve(settings, model_path, supervisor))
+        return uvloop.run(_serve(settings, model_path, supervisor))
     finally:
         supervisor.stop()
 

@@ -32,10 +32,10 @@ template <typename T>
 using Input = std::conditional_t<kPairs<T>, T, float>;
 
 constexpr int kNumRegisters = kLanes == 8 ? 16 : 32;
-constexpr int64_t kRowBlockBytes = 1 << 18;  // of input that stays in a core's cache
-constexpr int64_t kTileRowBlockBytes = 1 << 20;  // likewise, where there are tile registers
-constexpr int64_t kBytesAhead = 2048;        // how far in front of a pass weights are fetched
-constexpr int64_t kTileBytesAhead = 8192;    // likewise, where tile registers multiply
+constexpr int64_t kRowBlockBytes = 1 << 18;      // of input that stays in a core's cache
+constexpr int64_t kTileRowBlockBytes = 1 << 20;  // likewise, where tile registers multiply
+constexpr int64_t kBytesAhead = 2048;            // how far in front of a pass weights are fetched
+constexpr int64_t kTileBytesAhead = 8192;        // likewise, where tile registers multiply
 
 // Whether registers hold the sums of a pass beside one row of weights and one number of the input.
 constexpr bool fits(int rows, int panels) { return (rows + 1) * panels + 1 <= kNumRegisters; }
@@ -270,6 +270,9 @@ void multiply_packed(
     int num_threads, const Store& store) {
   const int64_t begin = w.num_groups * thread / num_threads;
   const int64_t end = w.num_groups * (thread + 1) / num_threads;
+  using Two = std::integral_constant<int, 2>;
+  using Three = std::integral_constant<int, 3>;
+  using Four = std::integral_constant<int, 4>;
   const auto run = [&](auto panels) {
     multiply_groups<T, decltype(panels)::value>(w, input, stride, num_rows, begin, end, store);
   };
@@ -279,11 +282,16 @@ void multiply_packed(
   };
   if constexpr (kTiles<T>) {
     if (goes_in_tiles<T>(w.num_steps)) {
-      return w.panels == 2 ? run_in_tiles(std::integral_constant<int, 2>())
-                           : run_in_tiles(std::integral_constant<int, 4>());
+      if (w.panels == 2) {
+        return run_in_tiles(Two());
+      }
+      return run_in_tiles(Four());
     }
   }
-  w.panels == 3 ? run(std::integral_constant<int, 3>()) : run(std::integral_constant<int, 4>());
+  if (w.panels == 3) {
+    return run(Three());
+  }
+  run(Four());
 }
 
 }  // namespace

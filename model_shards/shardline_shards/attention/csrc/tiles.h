@@ -38,6 +38,9 @@ struct alignas(kCacheLineBytes) TileShapes {
   uint8_t num_rows[16] = {};
 };
 
+// Rows of the upper one of the two tiles that so many rows make.
+constexpr int64_t upper_rows(int64_t num_rows) { return divide_up(num_rows, 2); }
+
 // A thread's tiles while it multiplies: sums in 0 to 3, input and weights in 4 to 7. The sums of two
 // tiles of rows lie in turn.
 class Tiles {
@@ -55,7 +58,7 @@ class Tiles {
     }
     TileShapes shapes;
     const bool is_pair = num_rows > kRowsInTile;
-    const int64_t num_upper = is_pair ? divide_up(num_rows, 2) : num_rows;
+    const int64_t num_upper = is_pair ? upper_rows(num_rows) : num_rows;
     const int64_t num_lower = is_pair ? num_rows - num_upper : num_rows;
     for (int tile = 0; tile < 8; ++tile) {
       const bool is_input = tile == 4 || (is_pair && tile == 5);
@@ -73,6 +76,21 @@ class Tiles {
 };
 
 constexpr int64_t kPanelSize = 2 * kRowsInTile;  // of a step of the depth
+template <int kPanels>
+constexpr int64_t kStepBytes = kPanels * kPanelSize * sizeof(at::BFloat16);
+template <int kPanels>
+constexpr int64_t kSumsBytes = kPanels * kLanes * sizeof(float);  // of a row
+
+C10_ALWAYS_INLINE int64_t row_bytes(int64_t stride) {
+  return stride * static_cast<int64_t>(sizeof(at::BFloat16));
+}
+
+C10_ALWAYS_INLINE void zero_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
 
 template <typename Fetching>
 C10_ALWAYS_INLINE void fetch_some(Fetching& fetch) {
@@ -89,39 +107,34 @@ C10_ALWAYS_INLINE void multiply_tile(
     const at::BFloat16* input, int64_t stride, const at::BFloat16* weights, int64_t num_steps,
     Fetching fetch, float* sums) {
   static_assert(kLanes == 16 && (kPanels == 2 || kPanels == 4));
-  constexpr int64_t kStepBytes = kPanels * kPanelSize * sizeof(at::BFloat16);
-  constexpr int64_t kRowBytes = kPanels * kLanes * sizeof(float);
-  const int64_t input_bytes = stride * static_cast<int64_t>(sizeof(at::BFloat16));
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  const int64_t input_bytes = row_bytes(stride);
+  zero_sums();
   for (int64_t k = 0; k < num_steps; k += kTileSteps) {
     _tile_loadd(4, input, input_bytes);
-    _tile_loadd(5, weights, kStepBytes);
+    _tile_loadd(5, weights, kStepBytes<kPanels>);
     _tile_dpbf16ps(0, 4, 5);
     fetch_some(fetch);
-    _tile_loadd(6, weights + kPanelSize, kStepBytes);
+    _tile_loadd(6, weights + kPanelSize, kStepBytes<kPanels>);
     _tile_dpbf16ps(1, 4, 6);
     fetch_some(fetch);
     if constexpr (kPanels == 4) {
-      _tile_loadd(7, weights + 2 * kPanelSize, kStepBytes);
+      _tile_loadd(7, weights + 2 * kPanelSize, kStepBytes<kPanels>);
       _tile_dpbf16ps(2, 4, 7);
     }
     fetch_some(fetch);
     if constexpr (kPanels == 4) {
-      _tile_loadd(5, weights + 3 * kPanelSize, kStepBytes);
+      _tile_loadd(5, weights + 3 * kPanelSize, kStepBytes<kPanels>);
       _tile_dpbf16ps(3, 4, 5);
     }
     fetch_some(fetch);
     input += 2 * kTileSteps;
     weights += kTileSteps * kPanels * kPanelSize;
   }
-  _tile_stored(0, sums, kRowBytes);
-  _tile_stored(1, sums + kLanes, kRowBytes);
+  _tile_stored(0, sums, kSumsBytes<kPanels>);
+  _tile_stored(1, sums + kLanes, kSumsBytes<kPanels>);
   if constexpr (kPanels == 4) {
-    _tile_stored(2, sums + 2 * kLanes, kRowBytes);
-    _tile_stored(3, sums + 3 * kLanes, kRowBytes);
+    _tile_stored(2, sums + 2 * kLanes, kSumsBytes<kPanels>);
+    _tile_stored(3, sums + 3 * kLanes, kSumsBytes<kPanels>);
   }
 }
 
@@ -131,25 +144,20 @@ template <int kPanels, typename Fetching>
 C10_ALWAYS_INLINE void multiply_pair(
     const at::BFloat16* input, int64_t stride, int64_t num_rows, const at::BFloat16* weights,
     int64_t num_steps, Fetching fetch, float* sums) {
-  constexpr int64_t kStepBytes = kPanels * kPanelSize * sizeof(at::BFloat16);
-  constexpr int64_t kRowBytes = kPanels * kLanes * sizeof(float);
-  const int64_t input_bytes = stride * static_cast<int64_t>(sizeof(at::BFloat16));
-  const int64_t num_upper = divide_up(num_rows, 2);
+  const int64_t input_bytes = row_bytes(stride);
+  const int64_t num_upper = upper_rows(num_rows);
   const at::BFloat16* lower = input + num_upper * stride;
   float* lower_sums = sums + num_upper * kPanels * kLanes;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  zero_sums();
   for (int64_t k = 0; k < num_steps; k += kTileSteps) {
     _tile_loadd(4, input, input_bytes);
-    _tile_loadd(6, weights, kStepBytes);
+    _tile_loadd(6, weights, kStepBytes<kPanels>);
     _tile_dpbf16ps(0, 4, 6);
     fetch_some(fetch);
     _tile_loadd(5, lower, input_bytes);
     _tile_dpbf16ps(1, 5, 6);
     fetch_some(fetch);
-    _tile_loadd(7, weights + kPanelSize, kStepBytes);
+    _tile_loadd(7, weights + kPanelSize, kStepBytes<kPanels>);
     _tile_dpbf16ps(2, 4, 7);
     fetch_some(fetch);
     _tile_dpbf16ps(3, 5, 7);
@@ -158,10 +166,10 @@ C10_ALWAYS_INLINE void multiply_pair(
     lower += 2 * kTileSteps;
     weights += kTileSteps * kPanels * kPanelSize;
   }
-  _tile_stored(0, sums, kRowBytes);
-  _tile_stored(1, lower_sums, kRowBytes);
-  _tile_stored(2, sums + kLanes, kRowBytes);
-  _tile_stored(3, lower_sums + kLanes, kRowBytes);
+  _tile_stored(0, sums, kSumsBytes<kPanels>);
+  _tile_stored(1, lower_sums, kSumsBytes<kPanels>);
+  _tile_stored(2, sums + kLanes, kSumsBytes<kPanels>);
+  _tile_stored(3, lower_sums + kLanes, kSumsBytes<kPanels>);
 }
 
 // sums [num_rows, kPanels, kLanes] of up to two tiles of rows, which `tiles` takes.
