@@ -1,8 +1,9 @@
 """Measures what the parts of a model take on this host, through the same Stage that serves.
 
-Stages of one and of a few layers, with and without the two ends, run a decode-like and a
-prefill-like step with random weights; what each part takes follows by least squares. One shard is
-measured where there are several, and what shards say to each other is left out.
+Stages of one and of a few layers, with and without the two ends, run with random weights a step of
+decodes, and one of the same decodes and a chunk of a prompt; what each part takes follows by least
+squares. One shard is measured where there are several, and what shards say to each other is left
+out.
 """
 
 import time
@@ -31,13 +32,15 @@ from shardline_shards.stage_model import StageModel, build_stage_model, decoder_
 _NUM_DECODES = 16
 _CONTEXT = 256
 _CHUNK = 256
-# Requests of 256 tokens in and 128 out: such a step ends an eighth of one, so it has to be paid for
-# with an eighth of a chunk.
+# Requests of 256 tokens in and 128 out: a step ends an eighth of one, so in an eighth of the steps
+# the next one's prompt goes along.
 _PREFILL_SHARE = _NUM_DECODES / 128
 _BLOCK_SIZE = 256  # a whole number of pages on every device
 _LAYERS_BEHIND_ONE_ANOTHER = 3
-_MIN_RUNS = 5
-_RUN_FOR_S = 0.08
+_NUM_RUNS = 12
+# A stage that serves reads its other layers before it comes back to one; read once before each run,
+# so that a layer comes from memory as it will then, and not from a cache that holds it alone.
+_BYTES_BETWEEN_RUNS = 1 << 27
 
 
 class LoneShard(SingleRank):
@@ -95,6 +98,8 @@ class _Profiler:
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.model_config: PreTrainedConfig = load_config(Path(config.model_path))
         self.num_layers = int(self.model_config.num_hidden_layers)
+        num_elsewhere = _BYTES_BETWEEN_RUNS // 8
+        self.elsewhere = torch.zeros(num_elsewhere, dtype=torch.int64, device=self.device)
 
     def run(self) -> LayerTimes:
         kinds = self._kinds()
@@ -139,9 +144,9 @@ class _Profiler:
         shape = stage.kv_shape(_BLOCK_SIZE, self.config.tp, 0)
         num_blocks = (_NUM_DECODES + 1) * _blocks_each()
         kv_layers = allocate_kv(sample.layers, num_blocks, shape, self.device)
-        decode_s = self._time_step(stage, kv_layers, _decode_plan())
-        prefill_s = self._time_step(stage, kv_layers, _prefill_plan())
-        return decode_s + _PREFILL_SHARE * prefill_s
+        decode_s = self._time_step(stage, kv_layers, _plan(with_chunk=False))
+        prefill_s = self._time_step(stage, kv_layers, _plan(with_chunk=True))
+        return decode_s + _PREFILL_SHARE * (prefill_s - decode_s)
 
     def _time_step(self, stage: Stage, kv_layers: dict[int, KVLayer], plan: StepPlan) -> float:
         backend = select_backend(self.device, stage.dtype)
@@ -158,7 +163,8 @@ class _Profiler:
     def _fastest_time(self, step: Callable[[], None]) -> float:
         step()  # Kernels are chosen, memory is touched.
         times: list[float] = []
-        while len(times) < _MIN_RUNS or sum(times) < _RUN_FOR_S:
+        for _ in range(_NUM_RUNS):
+            self.elsewhere.sum()
             self._synchronize()
             started = time.perf_counter()
             step()
@@ -201,17 +207,19 @@ def _blocks_each() -> int:
     return -(-(_CONTEXT + 1) // _BLOCK_SIZE)
 
 
-def _decode_plan() -> StepPlan:
+def _plan(with_chunk: bool) -> StepPlan:
     parts = [_part(index, _CONTEXT, 1) for index in range(_NUM_DECODES)]
-    return StepPlan(0, [], [_new(index, _CONTEXT + 1) for index in range(_NUM_DECODES)], parts)
-
-
-def _prefill_plan() -> StepPlan:
-    return StepPlan(0, [], [_new(_NUM_DECODES, _CHUNK)], [_part(_NUM_DECODES, 0, _CHUNK)])
+    new = [_new(index, _CONTEXT + 1) for index in range(_NUM_DECODES)]
+    if with_chunk:
+        parts.append(_part(_NUM_DECODES, 0, _CHUNK))
+        new.append(_new(_NUM_DECODES, _CHUNK))
+    return StepPlan(0, [], new, parts)
 
 
 def _new(index: int, num_tokens: int) -> NewRequest:
-    return NewRequest(index, [0] * num_tokens, num_tokens, SamplingParams(max_tokens=1, seed=0))
+    """Every other one draws; the rest take the likeliest token."""
+    sampling = SamplingParams(max_tokens=1, seed=0, temperature=float(index % 2))
+    return NewRequest(index, [0] * num_tokens, num_tokens, sampling)
 
 
 def _part(index: int, num_computed: int, num_scheduled: int) -> ScheduledRequest:

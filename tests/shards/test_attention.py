@@ -195,19 +195,45 @@ def test_a_lone_query_far_down_a_long_sequence(
     check(Case(lengths=lengths, sliding_window=sliding_window), backend)
 
 
-def test_scores_far_apart(backend: AttentionBackend) -> None:
+@pytest.mark.parametrize("dtype", RELATIVE_TOLERANCE)
+def test_scores_far_apart(backend: AttentionBackend, dtype: torch.dtype) -> None:
     """The largest score comes last, first and in between, and the rest underflows."""
     for place in (0, 70, 199):
-        problem = lay_out(Case(lengths=[(1, 200), (40, 200)]), backend)
+        case = Case(lengths=[(1, 200), (40, 200)], head_dim=32, dtype=dtype)
+        problem = lay_out(case, backend)
         for key, query in zip(problem.keys, problem.queries, strict=True):
             key[place] = 60.0
             query.fill_(2.0)
         backend.write(
             problem.layer, torch.cat(problem.keys), torch.cat(problem.values), problem.old_slots
         )
+        tolerance = RELATIVE_TOLERANCE[dtype]
         torch.testing.assert_close(
-            problem.attend(backend).double(), problem.dense(), rtol=1e-5, atol=1e-5
+            problem.attend(backend).double(), problem.dense(), rtol=tolerance, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("dtype", RELATIVE_TOLERANCE)
+def test_a_sequence_that_broke_harms_no_other(
+    backend: AttentionBackend, dtype: torch.dtype
+) -> None:
+    """Nothing of a model's NaN stays where the next sequence is computed."""
+    lengths = [(80, 80), (17, 33), (1, 20)]
+    problem = lay_out(Case(lengths=lengths, head_dim=64, dtype=dtype), backend)
+    wanted = problem.attend(backend)[80:]
+    for tokens in (problem.keys, problem.values):
+        tokens[0].fill_(math.nan)
+    backend.write(
+        problem.layer, torch.cat(problem.keys), torch.cat(problem.values), problem.old_slots
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        output = problem.attend(backend)
+    finally:
+        torch.set_num_threads(threads)
+    assert output[:80].isnan().all()
+    assert torch.equal(output[80:], wanted)
 
 
 def test_only_the_given_slots_are_written(backend: AttentionBackend) -> None:

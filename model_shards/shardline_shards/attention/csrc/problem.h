@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "pool.h"
+#include "tiles.h"
 #include "vector_math.h"
 
 namespace {
@@ -52,18 +53,38 @@ struct Task {
 struct State {
   Lines<float> output;  // [rows, padded], not yet divided by `sum`
   Lines<float> best;    // [rows], largest score so far
-  Lines<float> sum;     // [rows], sum of exp(score - best)
+  Lines<float> sum;     // [rows, kLanes], sums of exp(score - best) over every kLanes-th key
 
   void reset(int64_t rows, int64_t padded) {
     output.assign(rows * padded, 0.f);
     best.assign(rows, kNegativeInfinity);
-    sum.assign(rows, 0.f);
+    sum.assign(rows * kLanes, 0.f);
+  }
+};
+
+// What a walk in tile registers has beside; see `tile_walk.h`.
+struct TileScratch {
+  Lines<at::BFloat16> query;           // [rows, head_dim]
+  Lines<at::BFloat16> rows;            // [kLanes, head_dim]
+  Lines<at::BFloat16> keys, values;    // [kKeys, head_dim], laid out like packed weights
+  Lines<at::BFloat16> weights, rests;  // [rows, kKeys]
+  Lines<float> shrink;                 // [rows]
+
+  void reset(int64_t num_rows, int64_t dim) {
+    query.resize(num_rows * dim);
+    rows.resize(kLanes * dim);
+    keys.resize(kKeys * dim);
+    values.resize(kKeys * dim);
+    weights.resize(num_rows * kKeys);
+    rests.resize(num_rows * kKeys);
+    shrink.resize(num_rows);
   }
 };
 
 struct Scratch {
   State state;
-  Lines<float> query;   // [rows, head_dim], scaled
+  TileScratch tiles;
+  Lines<float> query;   // [rows, head_dim]
   Lines<float> scores;  // [rows, kKeys]
   Lines<float> rows;    // [kLanes, padded]
   Lines<float> keys;    // [padded, kKeys]: turned round

@@ -4,12 +4,19 @@
 
 #include <atomic>
 
-#include "walk.h"
+#include "tile_walk.h"
 
 namespace {
 
 constexpr int64_t kTileRows = 48;     // rows (tokens x heads of a KV head) aimed at in a tile
+constexpr int64_t kRowsInTiles = 96;  // likewise, where tile registers multiply
 constexpr int64_t kPieceKeys = 1024;  // a lone query's keys are cut into pieces at least so long
+
+// Whether tile registers multiply the queries of chunks.
+template <typename P>
+bool walks_in_tiles(const P& p) {
+  return kTiles<typename P::T> && p.dim() % (2 * kTileSteps) == 0 && may_use_tiles();
+}
 
 // A lone query takes `heads` KV heads at a time: all, so that KV memory is read as one stream, or
 // one, where threads would be idle otherwise. A long one is cut over its keys.
@@ -33,13 +40,34 @@ template <typename P>
 void plan_chunk(const P& p, int64_t sequence, std::vector<Task>& tasks) {
   const int64_t query_len = p.query_len(sequence);
   const int64_t first_position = p.kv_lens[sequence] - query_len;
-  const int64_t tile = std::max<int64_t>(2, kTileRows / p.group);
+  const int64_t rows = walks_in_tiles(p) ? kRowsInTiles : kTileRows;
+  const int64_t tile = std::max<int64_t>(2, rows / p.group);
   for (int64_t first = divide_up(query_len, tile) * tile - tile; first >= 0; first -= tile) {
     const int64_t tokens = std::min(tile, query_len - first);
     const int64_t key_begin = std::max<int64_t>(0, first_position + first - p.window + 1);
     const int64_t key_end = first_position + first + tokens;
     for (int64_t head = 0; head < p.num_kv_heads; ++head) {
       tasks.push_back({sequence, first, tokens, head, head + 1, key_begin, key_end, 0, 1});
+    }
+  }
+}
+
+template <typename P>
+void run_task(const P& p, const Task& task, Scratch& s) {
+  if constexpr (kTiles<typename P::T>) {
+    if (task.num_tokens > 1 && walks_in_tiles(p)) {
+      return walk_in_tiles(p, task, s);
+    }
+  }
+  s.reset(task.num_tokens * p.group * (task.head_end - task.head_begin), p.padded());
+  load_queries(p, task, s);
+  for (int64_t start = task.key_begin; start < task.key_end; start += kKeys) {
+    const int64_t count = std::min(kKeys, task.key_end - start);
+    find_keys(p, task, start, s);
+    if (task.num_tokens == 1 && p.dim() % kLanes == 0) {
+      attend_lone(p, task, start, count, s);
+    } else {
+      attend_tile(p, task, start, count, s);
     }
   }
 }

@@ -67,6 +67,8 @@ class Tiles {
       shapes.num_rows[tile] =
           static_cast<uint8_t>(is_weights ? kTileSteps : tile % 2 == 0 ? num_upper : num_lower);
     }
+    // To gcc the intrinsic reads eight bytes, and whatever is written behind them is written in vain.
+    __asm__ volatile("" : : "m"(shapes));
     _tile_loadconfig(&shapes);
     num_rows_ = num_rows;
   }

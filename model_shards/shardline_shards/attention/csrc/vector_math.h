@@ -227,34 +227,37 @@ inline void scale_row(float* row, float factor, int64_t padded) {
   }
 }
 
-// scores[0, padded) = cap * tanh(scores / cap); tanh|y| = (1 - e) / (1 + e) with e = exp(-2|y|)
-inline void soft_cap(float* scores, int64_t padded, float cap) {
-  const Vec one(1.f), scale(-2.f / cap), limit(cap);
+// scores[0, padded) = cap * tanh(scale * scores / cap); tanh|y| = (1 - e) / (1 + e) with e = exp(-2|y|)
+inline void soft_cap(float* scores, int64_t padded, float cap, float scale) {
+  const Vec one(1.f), factor(-2.f * scale / cap), limit(cap);
   for (int64_t i = 0; i < padded; i += kLanes) {
     const Vec score = Vec::loadu(scores + i);
-    const Vec e = (score.abs() * scale).exp_u20();
+    const Vec e = (score.abs() * factor).exp_u20();
     const Vec size = limit * (one - e) / (one + e);
     Vec::blendv(size, size.neg(), score < Vec(0.f)).store(scores + i);
   }
 }
 
-// scores[0, padded) = exp(scores - best) where `best` is the largest so far; returns their sum
-inline float soften(float* scores, int64_t padded, float best) {
-  Vec total(0.f);
+// scores[0, padded) = exp(scale * scores - best) where `best` is the largest so far; each lane of
+// `sum` grows by its own.
+C10_ALWAYS_INLINE void soften(float* scores, int64_t padded, float scale, float best, Vec& sum) {
   for (int64_t j = 0; j < padded; j += kLanes) {
-    const Vec weight = (Vec::loadu(scores + j) - Vec(best)).exp_u20();
+    const Vec weight = at::vec::fmadd(Vec::loadu(scores + j), Vec(scale), Vec(-best)).exp_u20();
     weight.store(scores + j);
-    total = total + weight;
+    sum = sum + weight;
   }
-  return sum_lanes(total);
 }
 
-inline float largest(const float* scores, int64_t padded, float at_least) {
-  Vec best(at_least);
+// The largest of scale * scores and `at_least`; mostly that, of a long row.
+C10_ALWAYS_INLINE float largest(
+    const float* scores, int64_t padded, float scale, float at_least) {
+  Vec best(kNegativeInfinity);
   for (int64_t j = 0; j < padded; j += kLanes) {
     best = larger(best, Vec::loadu(scores + j));
   }
-  return max_lanes(best);
+  best = best * Vec(scale);
+  const bool has_larger = (best > Vec(at_least)).zero_mask() != (1 << kLanes) - 1;
+  return has_larger ? max_lanes(best) : at_least;
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ void load_queries(const P& p, const Task& task, Scratch& s) {
       for (int64_t g = 0; g < p.group; ++g, out += p.dim()) {
         const auto* row = p.query + token * p.query_token_stride + (head + g) * p.query_head_stride;
         for (int64_t i = 0; i < p.dim(); ++i) {
-          out[i] = static_cast<float>(row[i]) * p.scaling;
+          out[i] = static_cast<float>(row[i]);
         }
       }
     }
@@ -63,33 +63,47 @@ void score_tile(
   multiply<false>(query, p.dim(), keys, s.scores.data(), kKeys, rows, pad(count), p.dim());
 }
 
-// Turns the scores of the keys [start, start + count) into weights, and rescales the state to them.
+// Turns a row's scores of the keys [start, start + count) into weights; returns what its output so
+// far is to be multiplied with.
+template <typename P>
+float weigh_row(
+    const P& p, const Task& task, int64_t row, int64_t start, int64_t count, float* scores,
+    State& state) {
+  const int64_t num_before = p.kv_lens[task.sequence] - p.query_len(task.sequence);
+  const int64_t token = task.first_token + row / p.group % task.num_tokens;
+  const int64_t position = num_before + token - start;
+  const int64_t begin = std::clamp<int64_t>(position - p.window + 1, 0, count);
+  const int64_t end = std::clamp<int64_t>(position + 1, begin, count);
+  if (begin == end) {
+    std::fill(scores, scores + pad(count), 0.f);
+    return 1.f;
+  }
+  if (p.softcap > 0.f) {
+    soft_cap(scores, pad(count), p.softcap, p.scaling);
+  }
+  const float scale = p.softcap > 0.f ? 1.f : p.scaling;
+  std::fill(scores, scores + begin, kNegativeInfinity);
+  std::fill(scores + end, scores + pad(count), kNegativeInfinity);
+  const float old_best = state.best[row];
+  const float best = largest(scores, pad(count), scale, old_best);
+  const float shrink = best == old_best ? 1.f : std::exp(old_best - best);
+  state.best[row] = best;
+  Vec sum = Vec::loadu(&state.sum[row * kLanes]) * Vec(shrink);
+  soften(scores, pad(count), scale, best, sum);
+  sum.store(&state.sum[row * kLanes]);
+  return shrink;
+}
+
+// The same for some rows from `first_row` on, the output done.
 template <typename P>
 void weigh(
     const P& p, const Task& task, int64_t first_row, int64_t start, int64_t count, float* scores,
     State& state) {
-  const int64_t offset = p.kv_lens[task.sequence] - p.query_len(task.sequence) + task.first_token;
-  for (int64_t r = 0; r < task.num_tokens * p.group; ++r, scores += kKeys) {
-    const int64_t position = offset + r / p.group - start;
-    const int64_t begin = std::clamp<int64_t>(position - p.window + 1, 0, count);
-    const int64_t end = std::clamp<int64_t>(position + 1, begin, count);
-    if (begin == end) {
-      std::fill(scores, scores + count, 0.f);
-      continue;
-    }
-    if (p.softcap > 0.f) {
-      soft_cap(scores, pad(count), p.softcap);
-    }
-    std::fill(scores, scores + begin, kNegativeInfinity);
-    std::fill(scores + end, scores + pad(count), kNegativeInfinity);
-    float& best = state.best[first_row + r];
-    float& sum = state.sum[first_row + r];
-    const float new_best = largest(scores, pad(count), best);
-    const float shrink = std::exp(best - new_best);
-    sum = sum * shrink + soften(scores, pad(count), new_best);
-    best = new_best;
+  const int64_t end = first_row + task.num_tokens * p.group;
+  for (int64_t row = first_row; row < end; ++row, scores += kKeys) {
+    const float shrink = weigh_row(p, task, row, start, count, scores, state);
     if (shrink != 1.f) {
-      scale_row(state.output.data() + (first_row + r) * p.padded(), shrink, p.padded());
+      scale_row(state.output.data() + row * p.padded(), shrink, p.padded());
     }
   }
 }
@@ -184,21 +198,6 @@ void attend_lone(const P& p, const Task& task, int64_t start, int64_t count, Scr
 }
 
 template <typename P>
-void run_task(const P& p, const Task& task, Scratch& s) {
-  s.reset(task.num_tokens * p.group * (task.head_end - task.head_begin), p.padded());
-  load_queries(p, task, s);
-  for (int64_t start = task.key_begin; start < task.key_end; start += kKeys) {
-    const int64_t count = std::min(kKeys, task.key_end - start);
-    find_keys(p, task, start, s);
-    if (task.num_tokens == 1 && p.dim() % kLanes == 0) {
-      attend_lone(p, task, start, count, s);
-    } else {
-      attend_tile(p, task, start, count, s);
-    }
-  }
-}
-
-template <typename P>
 void store_output(const P& p, const Task& task, const State& state) {
   using T = typename P::T;
   const int64_t first = p.query_start[task.sequence] + task.first_token;
@@ -208,7 +207,7 @@ void store_output(const P& p, const Task& task, const State& state) {
     for (int64_t token = first; token < first + task.num_tokens; ++token) {
       T* out = p.output + (token * p.num_kv_heads * p.group + head) * p.dim();
       for (int64_t g = 0; g < p.group; ++g, ++row, out += p.dim(), from += p.padded()) {
-        const float share = 1.f / state.sum[row];
+        const float share = 1.f / sum_lanes(Vec::loadu(&state.sum[row * kLanes]));
         for (int64_t i = 0; i < p.dim(); ++i) {
           out[i] = static_cast<T>(from[i] * share);
         }
@@ -224,7 +223,9 @@ void merge(State& into, const State& piece, int64_t padded) {
     const float keep = std::exp(into.best[row] - best);
     const float take = std::exp(piece.best[row] - best);
     into.best[row] = best;
-    into.sum[row] = into.sum[row] * keep + piece.sum[row] * take;
+    for (size_t i = row * kLanes; i < (row + 1) * kLanes; ++i) {
+      into.sum[i] = into.sum[i] * keep + piece.sum[i] * take;
+    }
     for (size_t i = row * padded; i < (row + 1) * padded; ++i) {
       into.output[i] = into.output[i] * keep + piece.output[i] * take;
     }
