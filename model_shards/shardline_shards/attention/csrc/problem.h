@@ -12,7 +12,7 @@
 namespace {
 
 constexpr int64_t kKeys = 64;       // keys in one turn of the walk
-constexpr int64_t kKeysAhead = 32;  // how far in front of a lone query memory is fetched
+constexpr int64_t kKeysAhead = 24;  // how far in front of a lone query memory is fetched
 constexpr int64_t kGroupKeys = 16;  // tokens that a lone query takes head by head
 static_assert(kKeys % kLanes == 0 && kKeys % kGroupKeys == 0);
 

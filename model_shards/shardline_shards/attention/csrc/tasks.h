@@ -52,8 +52,10 @@ void plan_chunk(const P& p, int64_t sequence, std::vector<Task>& tasks) {
   }
 }
 
+// `then` is what this thread may do next, if there is something.
 template <typename P>
-void run_task(const P& p, const Task& task, Scratch& s) {
+void run_task(const P& p, const Task& task, const Task* then, Scratch& s) {
+  const bool is_lone = task.num_tokens == 1 && p.dim() % kLanes == 0;
   if constexpr (kTiles<typename P::T>) {
     if (task.num_tokens > 1 && walks_in_tiles(p)) {
       return walk_in_tiles(p, task, s);
@@ -63,8 +65,8 @@ void run_task(const P& p, const Task& task, Scratch& s) {
   load_queries(p, task, s);
   for (int64_t start = task.key_begin; start < task.key_end; start += kKeys) {
     const int64_t count = std::min(kKeys, task.key_end - start);
-    find_keys(p, task, start, s);
-    if (task.num_tokens == 1 && p.dim() % kLanes == 0) {
+    find_keys(p, task, start, is_lone ? then : nullptr, s);
+    if (is_lone) {
       attend_lone(p, task, start, count, s);
     } else {
       attend_tile(p, task, start, count, s);
@@ -76,7 +78,7 @@ void run_task(const P& p, const Task& task, Scratch& s) {
 class Attention {
  public:
   template <typename P>
-  Attention(const P& p, int64_t num_threads) {
+  Attention(const P& p, int64_t num_threads) : num_threads_(num_threads) {
     const int64_t heads = p.num_sequences < 2 * num_threads ? 1 : p.num_kv_heads;
     for (int64_t sequence = 0; sequence < p.num_sequences; ++sequence) {
       if (p.query_len(sequence) == 1) {
@@ -101,7 +103,8 @@ class Attention {
   void work(const P& p) {
     Scratch& scratch = thread_scratch();
     for (int64_t i = next_++; i < num_tasks(); i = next_++) {
-      run_task(p, tasks_[i], scratch);
+      const int64_t then = i + num_threads_;
+      run_task(p, tasks_[i], then < num_tasks() ? &tasks_[then] : nullptr, scratch);
       if (tasks_[i].num_pieces == 1) {
         store_output(p, tasks_[i], scratch.state);
       } else {
@@ -126,6 +129,7 @@ class Attention {
   }
 
  private:
+  int64_t num_threads_;
   std::vector<Task> tasks_;
   std::vector<State> pieces_;
   bool has_pieces_ = false;

@@ -162,7 +162,7 @@ void walk_in_tiles(const P& p, const Task& task, Scratch& s) {
   Tiles tiles;
   for (int64_t start = task.key_begin; start < task.key_end; start += kKeys) {
     const int64_t count = std::min(kKeys, task.key_end - start);
-    find_keys(p, task, start, s);
+    find_keys(p, task, start, nullptr, s);
     turn_keys(p, task.head_begin, count, s);
     lay_values(p, task.head_begin, count, s);
     score_pairs(p, num_rows, tiles, s);

@@ -66,12 +66,13 @@ C10_ALWAYS_INLINE Vec load_wide(const T* from) {
   }
 }
 
+// Into the second cache: the first has room for what is used next.
 template <typename T>
 C10_ALWAYS_INLINE void prefetch_row(const T* row, int64_t size) {
   const char* bytes = reinterpret_cast<const char*>(row);
 #pragma GCC unroll 8
   for (int64_t i = 0; i < size * static_cast<int64_t>(sizeof(T)); i += kCacheLineBytes) {
-    __builtin_prefetch(bytes + i);
+    __builtin_prefetch(bytes + i, 0, 2);
   }
 }
 

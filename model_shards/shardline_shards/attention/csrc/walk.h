@@ -26,21 +26,34 @@ void load_queries(const P& p, const Task& task, Scratch& s) {
   }
 }
 
-// Offsets of the keys from `start` on; past the last key the last one is repeated.
+// Offsets of `count` keys from `start` on.
 template <typename P>
-void find_keys(const P& p, const Task& task, int64_t start, Scratch& s) {
-  const int32_t* table = p.block_tables + task.sequence * p.max_blocks;
-  const int64_t count = std::min(kKeys + kKeysAhead, task.key_end - start);
+void place_keys(const P& p, int64_t sequence, int64_t start, int64_t count, int64_t* offsets) {
+  const int32_t* table = p.block_tables + sequence * p.max_blocks;
   int64_t token = start % p.pool.block_size;
   for (int64_t j = 0, index = start / p.pool.block_size; j < count; ++index, token = 0) {
     const int64_t block = table[index];
     TORCH_CHECK(block >= 0 && block < p.pool.num_blocks, "block ", block, " does not exist");
     const int64_t end = std::min(count, j + p.pool.block_size - token);
     for (; j < end; ++token, ++j) {
-      s.offsets[j] = p.pool.place(block, token);
+      offsets[j] = p.pool.place(block, token);
     }
   }
-  std::fill(s.offsets + count, s.offsets + kKeys + kKeysAhead, s.offsets[count - 1]);
+}
+
+// Offsets of the keys from `start` on. Behind the last key there are the first ones of the task
+// that comes `then`, which may be fetched by then, and copies of the last one.
+template <typename P>
+void find_keys(const P& p, const Task& task, int64_t start, const Task* then, Scratch& s) {
+  constexpr int64_t kMost = kKeys + kKeysAhead;
+  const int64_t own = std::min(kMost, task.key_end - start);
+  const int64_t others =
+      then == nullptr ? 0 : std::min(kMost - own, then->key_end - then->key_begin);
+  place_keys(p, task.sequence, start, own, s.offsets);
+  if (others > 0) {
+    place_keys(p, then->sequence, then->key_begin, others, s.offsets + own);
+  }
+  std::fill(s.offsets + own + others, s.offsets + kMost, s.offsets[own - 1]);
 }
 
 // Scores of a tile: the keys are turned round first, so that a vector holds one dim of many keys.
