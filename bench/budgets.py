@@ -6,13 +6,14 @@ Finds the largest rate at which the first policy meets its budget for 90 % of wh
 bisection, and then runs every load at multiples of that rate on every policy in turn. Requests have
 256 ± 50 % prompt and 64 ± 50 % output tokens, and TTFT ≤ 1.5 s and mean TPOT ≤ 100 ms to keep. All
 are judged by the client; a refusal is no success, and is timed from when it was sent. Memory is
-what all processes of a server have after each load. Writes OUT/budgets.json, .md and .png. Run it
-alone on the machine.
+what all processes of a server have after each load; loads begin 15 s after a server is ready.
+Writes OUT/budgets.json, .md and .png. Run it alone on the machine.
 """
 
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ SIZES = ["--prompt-tokens", "128:384", "--output-tokens", "32:96"]
 INTERACTIVE = "interactive:ttft=1500,tpot=100"
 PATIENCE = ["--timeout", "40"]  # the longest budget is over by then
 TARGET = 0.9
+SETTLING_S = 15.0  # A server of ours starts its spare worker meanwhile, which takes a core.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +121,7 @@ def run_policy(name: str, capacity: float | None, arguments: argparse.Namespace)
         with servers.running(
             policy.server, arguments.model_folder, arguments.peers, policy.serve
         ) as server:
+            time.sleep(SETTLING_S)
             is_found = capacity is None
             capacity = capacity or find_capacity(server, policy, arguments)
             if not capacity:
