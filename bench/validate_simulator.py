@@ -4,7 +4,9 @@
         --num-requests 120 --budget standard:ttft=1500,tpot=100 --seed 7
 
 MODEL and --pp go to the server, everything else to `shardline bench` and `shardline simulate`. What
-steps cost is what the server has learnt when it stops, kept in a cache folder of its own.
+steps cost is what the server has learnt when it stops, kept in a cache folder of its own. First
+tokens are timed by the client, and as the server tells: the simulator knows no front end and no
+client.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import quantiles
 from typing import Any
 
 from serving import serving
@@ -24,6 +27,8 @@ FIGURES = {
     "refused": ("num_refused",),
     "TTFT p50, ms": ("ttft_ms", "p50"),
     "TTFT p90, ms": ("ttft_ms", "p90"),
+    "TTFT p50 as told, ms": ("told_ttft_ms", "p50"),
+    "TTFT p90 as told, ms": ("told_ttft_ms", "p90"),
     "TPOT p50, ms": ("tpot_ms", "p50"),
     "output tokens/s": ("output_tokens_per_s",),
 }
@@ -33,8 +38,18 @@ def run(command: list[str], load: list[str], json_file: Path) -> dict[str, Any]:
     """The figures of a bench or a simulation."""
     words = [*SHARDLINE, *command, *load, "--json", str(json_file)]
     subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
-    summary: dict[str, Any] = json.loads(json_file.read_text())["points"][0]["summary"]
-    return summary
+    report = json.loads(json_file.read_text())
+    summary: dict[str, Any] = report["points"][0]["summary"]
+    return summary | {"told_ttft_ms": _told(report["requests"]) or summary["ttft_ms"]}
+
+
+def _told(requests: list[dict[str, Any]]) -> dict[str, float] | None:
+    """Of what a server has told of the times to its first tokens; None if it is no server."""
+    told = [one["told_ttft_ms"] for one in requests if one["told_ttft_ms"] is not None]
+    if not told:
+        return None
+    tenths = quantiles(told, n=10, method="inclusive")
+    return {"p50": tenths[4], "p90": tenths[8]}
 
 
 def main() -> None:
