@@ -14,11 +14,13 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
-from statistics import quantiles
 from typing import Any
 
 from serving import serving
+
+from shardline_client.bench.summary import Distribution
 
 SHARDLINE = [sys.executable, "-m", "shardline_server"]
 # Name, and where it is in a summary.
@@ -45,11 +47,9 @@ def run(command: list[str], load: list[str], json_file: Path) -> dict[str, Any]:
 
 def _told(requests: list[dict[str, Any]]) -> dict[str, float] | None:
     """Of what a server has told of the times to its first tokens; None if it is no server."""
-    told = [one["told_ttft_ms"] for one in requests if one["told_ttft_ms"] is not None]
-    if not told:
-        return None
-    tenths = quantiles(told, n=10, method="inclusive")
-    return {"p50": tenths[4], "p90": tenths[8]}
+    times_ms = (one["told_ttft_ms"] for one in requests)
+    told = Distribution.of(time_ms / 1e3 for time_ms in times_ms if time_ms is not None)
+    return told and asdict(told)
 
 
 def main() -> None:

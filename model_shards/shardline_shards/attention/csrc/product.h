@@ -216,13 +216,6 @@ void for_each_tile(
   }
 }
 
-// Whether tile registers multiply with these weights: the same for any number of rows, whose results
-// would else differ by their last bits.
-template <typename T>
-bool goes_in_tiles(int64_t num_steps) {
-  return kTiles<T> && num_steps % kTileSteps == 0 && may_use_tiles();
-}
-
 template <typename T, int kPanels, typename Store>
 void multiply_groups_in_tiles(
     const Packed<T>& w, const T* input, int64_t stride, int64_t num_rows, int64_t group_begin,

@@ -15,7 +15,7 @@ constexpr int64_t kPieceKeys = 1024;  // a lone query's keys are cut into pieces
 // Whether tile registers multiply the queries of chunks.
 template <typename P>
 bool walks_in_tiles(const P& p) {
-  return kTiles<typename P::T> && p.dim() % (2 * kTileSteps) == 0 && may_use_tiles();
+  return p.dim() % 2 == 0 && goes_in_tiles<typename P::T>(p.dim() / 2);
 }
 
 // A lone query takes `heads` KV heads at a time: all, so that KV memory is read as one stream, or

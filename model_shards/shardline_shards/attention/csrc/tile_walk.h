@@ -139,12 +139,13 @@ void add_pairs(const P& p, int64_t count, int64_t num_rows, Tiles& tiles, Scratc
   for_each_pair(num_rows, [&](int64_t first, int64_t some) {
     const at::BFloat16* values = s.tiles.values.data();
     for (int64_t i = 0; i < p.dim(); i += kValueColumns, values += kValuesSize) {
-      int half = 0;
-      for (const auto* weights : {&s.tiles.weights, &s.tiles.rests}) {
+      const auto multiply = [&](const Lines<at::BFloat16>& weights, float* out) {
         multiply_tiles<kValueColumns / kLanes>(
-            tiles, weights->data() + first * kKeys, kKeys, some, values,
-            whole_tiles(count) / 2, kNothing, sums[half++]);
-      }
+            tiles, weights.data() + first * kKeys, kKeys, some, values, whole_tiles(count) / 2,
+            kNothing, out);
+      };
+      multiply(s.tiles.weights, sums[0]);
+      multiply(s.tiles.rests, sums[1]);
       add_sums(
           &s.tiles.shrink[first], sums[0], sums[1], some,
           s.state.output.data() + first * p.padded() + i, p.padded());

@@ -208,4 +208,11 @@ void multiply_tiles(
 
 #endif
 
+// Whether tile registers multiply over so many pairs of the depth: the same for any number of rows, whose results
+// would else differ by their last bits.
+template <typename T>
+bool goes_in_tiles(int64_t num_steps) {
+  return kTiles<T> && num_steps % kTileSteps == 0 && may_use_tiles();
+}
+
 }  // namespace
