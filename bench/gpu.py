@@ -92,13 +92,14 @@ def measure_machine(device: torch.device, sizes: Sizes) -> Machine:
     return Machine(device, 2 * sizes.copied_bytes / copying, 2 * sizes.product**3 / multiplying)
 
 
-def check_attention(model: Model) -> None:
+def check_attention(model: Model, sizes: Sizes) -> None:
     """The device's attention against the formula, for a ragged step of prompts and decodes."""
     config, generator = model.config, torch.Generator(model.device).manual_seed(1)
-    requests, plan = model.requests(3, 37, 1)
-    lengths = (37, 1, 20)
+    kv_len = 2 * sizes.context // 3
+    requests, plan = model.requests(3, kv_len, 1)
+    lengths = (kv_len, 1, 20)
     parts = [
-        ScheduledRequest(part.request_index, 37 - count, count, [], part.block_ids, True)
+        ScheduledRequest(part.request_index, kv_len - count, count, [], part.block_ids, True)
         for part, count in zip(plan.scheduled, lengths, strict=True)
     ]
     plan = StepPlan(0, [], plan.new_requests, parts)
@@ -241,8 +242,13 @@ def measure(name: str, machine: Machine, sizes: Sizes) -> None:
     num_tokens = max(max_decodes * sizes.context, sizes.prompt)
     num_tokens += sizes.num_streams * sizes.num_output_tokens
     model = Model(config, device, num_tokens, max_decodes)
-    print(f"\n{name}: {2 * model.num_weights / 1e9:.2f} GB, attention: {model.backend.name}")
-    check_attention(model)
+    layers = "kernels" if model.stage.is_fused else "the library's modules"
+    print(
+        f"\n{name}: {2 * model.num_weights / 1e9:.2f} GB, attention: {model.backend.name}, "
+        f"layers: {layers}",
+        flush=True,
+    )
+    check_attention(model, sizes)
     for count in (1, 3):
         check_graphs(model, count)
     check_sampling(model)

@@ -7,6 +7,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Servers that tests start shall be quick; measuring has tests of its own.
 os.environ["SHARDLINE_MEASURE_SECONDS"] = "0"
+# Kernels for GPUs run on a CPU then; it counts when Triton is imported first.
+os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

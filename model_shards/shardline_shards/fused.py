@@ -1,24 +1,34 @@
-"""Decoder layers laid out like llama's, as one call of the CPU kernel for the whole stage.
+"""Decoder layers laid out like llama's, by kernels of our own instead of the library's modules.
 
 The library's own layers stay the definition: before any is replaced, a layer of each kind is run
-beside the kernel on a few made-up tokens. Where they disagree, or the layers are built in another
+beside our own on a few made-up tokens. Where they disagree, or the layers are built in another
 way, the stage goes on with the library's modules, and a line in the log says why.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shardline_shards.attention import BACKENDS, KVLayer, KVShape, PagedBatch, allocate_kv
+from shardline_shards.attention import (
+    AttentionBackend,
+    KVLayer,
+    KVShape,
+    PagedBatch,
+    allocate_kv,
+    select_backend,
+)
 from shardline_shards.attention.cpu import load_kernel
+from shardline_shards.attention.triton_backend import has_triton
 from shardline_shards.batch import StepBatch
 from shardline_shards.collectives import Collectives, SingleRank, StageCollectives
+from shardline_shards.cpu_stack import CpuStack
+from shardline_shards.gpu_stack import GpuStack
+from shardline_shards.layer_stack import Geometry, LayerKind, LayerStack, LayerWeights
 from shardline_shards.ledger import Operation
 from shardline_shards.parallel_layers import RowParallelLinear, SkippedLayer
 from shardline_shards.stage_model import StageModel, decoder_layers
@@ -46,74 +56,44 @@ class _CannotFuse(Exception):
     """The kernel does not compute what these modules do; the message says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class _LayerKind:
-    """How a layer calls attention."""
-
-    scaling: float
-    window: int | None
-    softcap: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Geometry:
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    eps: float
-    dtype: torch.dtype
-
-    def new_stack(self) -> Any:
-        """An empty stack of the kernel's."""
-        return torch.classes.shardline.DecoderStack(
-            self.hidden_size,
-            self.num_heads,
-            self.num_kv_heads,
-            self.head_dim,
-            self.eps,
-            self.dtype,
-        )
-
-
 class FusedLayers:
     """All decoder layers of a stage, and on the last stage the norm and the head."""
 
     def __init__(
-        self, stack: Any, rotary: "_RotaryTable", tp: Collectives, vocab_sizes: list[int] | None
+        self,
+        stack: LayerStack,
+        rotary: "_RotaryTable",
+        tp: Collectives,
+        vocab_sizes: list[int] | None,
     ) -> None:
         """`vocab_sizes`: of the head, the rows of each rank; None where there is no head."""
         self._stack = stack
         self._rotary = rotary
         self._tp = tp
         self._vocab_sizes = vocab_sizes
-        self._bound: Mapping[int, KVLayer] | None = None
 
     def run(self, hidden: Tensor, batch: StepBatch) -> Tensor:
-        """Hidden states [num_tokens, hidden_size] in; the same out, or logits in fp32.
+        """Hidden states [num_tokens, hidden_size] in; the same out, or logits.
 
         Logits are [num_rows, vocab_size], on tp ranks other than the first only their own part.
         """
         paged = batch.paged
-        if self._bound is not paged.kv_layers:
-            _bind(self._stack, paged.kv_layers)
-            self._bound = paged.kv_layers
-        cos, sin = self._rotary.at(batch.positions, paged.max_kv_len)
-        arguments = (cos, sin, *_paging(paged))
+        arguments = (*self._rotary.at(batch.positions, paged.max_kv_len), paged)
         indexes = None if self._vocab_sizes is None else batch.logit_indexes
         if self._tp.size == 1:
-            output: Tensor = self._stack.run(hidden, *arguments, indexes, None)
-            return output
+            return self._stack.run(hidden, *arguments, indexes)
         if not isinstance(self._tp, StageCollectives) or self._tp.shared_memory is None:
             return self._run_halves(hidden, batch.logit_indexes, arguments)
         with self._tp.noticing_loss(Operation.ALL_REDUCE, hidden.shape):
             output = self._stack.run(hidden, *arguments, indexes, self._tp.shared_memory)
         return self._gathered(output)
 
-    def _run_halves(self, hidden: Tensor, indexes: Tensor, arguments: tuple[Tensor, ...]) -> Tensor:
+    def _run_halves(
+        self, hidden: Tensor, indexes: Tensor, arguments: tuple[Tensor, Tensor, PagedBatch]
+    ) -> Tensor:
         """Half a layer at a time, summed by messages, where ranks share no memory."""
-        states, is_first = hidden.float(), self._tp.rank == 0
-        for half in range(2 * self._stack.num_layers()):
+        states, is_first = hidden.to(self._stack.sum_dtype), self._tp.rank == 0
+        for half in range(2 * self._stack.num_layers):
             part = self._stack.run_half(states, *arguments, half, is_first)
             states = self._tp.all_reduce(part)
         if self._vocab_sizes is None:
@@ -127,27 +107,28 @@ class FusedLayers:
 
 
 def fuse(stage_model: StageModel, device: torch.device) -> FusedLayers | None:
-    """The stage's layers in the kernel, their own weights given back; None if they cannot be.
+    """The stage's layers in a stack, their own weights given back; None if they cannot be.
 
     The stage's weights are loaded. Nothing is changed where None is returned.
     """
     model = stage_model.model
-    if device.type != "cpu" or type(model).__name__ not in MODEL_CLASSES or not load_kernel():
+    new_stack = stack_class(device) if type(model).__name__ in MODEL_CLASSES else None
+    if new_stack is None:
         return None
     base = model.get_submodule(model.base_model_prefix)
     layers = [decoder_layers(model)[index] for index in stage_model.layers]
     if any(parameter.is_meta for layer in layers for parameter in layer.parameters()):
         return None
     try:
-        rotary = _RotaryTable(base.get_submodule("rotary_emb"))
+        rotary = _RotaryTable(base.get_submodule("rotary_emb"), device)
         geometry = _geometry(model, layers)
-        kinds = _check_layers(layers, geometry, rotary)
+        kinds = _Check(new_stack, geometry, rotary, device).kinds_of(layers)
     except _CannotFuse as reason:
         logger.info("%s runs layer by layer: %s", type(model).__name__, reason)
         return None
-    stack = geometry.new_stack()
+    stack = new_stack(geometry)
     for index, layer, kind in zip(stage_model.layers, layers, kinds, strict=True):
-        _add_layer(stack, layer, kind)
+        stack.add_layer(_weights(layer), kind)
         decoder_layers(model)[index] = SkippedLayer()
     vocab_sizes = None
     if stage_model.is_last:
@@ -155,16 +136,26 @@ def fuse(stage_model: StageModel, device: torch.device) -> FusedLayers | None:
         vocab_sizes = getattr(head, "sizes", [len(_weight(model, "lm_head"))])
         stack.set_head(_weight(base, "norm"), _weight(model, "lm_head"))
         model.lm_head = nn.Identity()
+    if device.type == "cuda":  # KV memory is a share of what others than torch hold as free
+        torch.cuda.empty_cache()
     return FusedLayers(stack, rotary, stage_model.tp, vocab_sizes)
+
+
+def stack_class(device: torch.device) -> Callable[[Geometry], LayerStack] | None:
+    """What computes layers on `device`; None where nothing of our own can."""
+    if device.type == "cuda":
+        return GpuStack if has_triton() else None
+    return CpuStack if load_kernel() else None
 
 
 class _RotaryTable:
     """Cosines and sines [num_positions, head_dim] in fp32, from the model's own module."""
 
-    def __init__(self, rotary: nn.Module) -> None:
+    def __init__(self, rotary: nn.Module, device: torch.device) -> None:
         if getattr(rotary, "rope_type", None) not in _ROPE_TYPES:
             raise _CannotFuse(f"rotary embeddings are of another type than {sorted(_ROPE_TYPES)}")
         self._rotary = rotary
+        self._device = device
         self._grow(_FIRST_TABLE_SIZE)
 
     @property
@@ -179,19 +170,20 @@ class _RotaryTable:
         return self._cos[positions], self._sin[positions]
 
     def _grow(self, num_positions: int) -> None:
-        like = torch.empty(0, dtype=torch.float32)
-        cos, sin = self._rotary(like, torch.arange(num_positions).unsqueeze(0))
+        like = torch.empty(0, dtype=torch.float32, device=self._device)
+        positions = torch.arange(num_positions, device=self._device)
+        cos, sin = self._rotary(like, positions.unsqueeze(0))
         self._cos, self._sin = cos[0], sin[0]
 
 
 class _Recorder:
-    """The CPU backend, noting how it is asked to attend."""
+    """A backend, noting how it is asked to attend."""
 
-    def __init__(self) -> None:
-        self._inner = BACKENDS["cpu"]
+    def __init__(self, inner: AttentionBackend) -> None:
+        self._inner = inner
         self.name = self._inner.name
         self.block_size = self._inner.block_size
-        self.kinds: list[_LayerKind] = []
+        self.kinds: list[LayerKind] = []
 
     def serves(self, device: torch.device, dtype: torch.dtype) -> bool:
         """See `AttentionBackend.serves`."""
@@ -212,13 +204,83 @@ class _Recorder:
         softcap: float | None,
     ) -> Tensor:
         """See `AttentionBackend.attend`."""
-        self.kinds.append(_LayerKind(scaling, sliding_window, softcap))
+        self.kinds.append(LayerKind(scaling, sliding_window, softcap))
         return self._inner.attend(
             query, layer, batch, scaling=scaling, sliding_window=sliding_window, softcap=softcap
         )
 
 
-def _geometry(model: PreTrainedModel, layers: list[nn.Module]) -> _Geometry:
+@dataclass(frozen=True, slots=True)
+class _Check:
+    """Runs layers beside a stack of them."""
+
+    new_stack: Callable[[Geometry], LayerStack]
+    geometry: Geometry
+    rotary: _RotaryTable
+    device: torch.device
+
+    def kinds_of(self, layers: list[nn.Module]) -> list[LayerKind]:
+        """How each layer attends. Raises _CannotFuse where a stack's result is not the layer's."""
+        if self.rotary.width != self.geometry.head_dim:
+            raise _CannotFuse("it rotates a part of each head only")
+        generator = torch.Generator().manual_seed(0)
+        shape = (_NUM_PROBE_TOKENS, self.geometry.hidden_size)
+        random = torch.randn(shape, generator=generator).mul_(0.05)
+        hidden = random.to(self.device, self.geometry.dtype)
+        kinds: list[LayerKind] = []
+        for layer in layers:
+            kinds.append(self._kind_of(layer, hidden, kinds))
+        return kinds
+
+    def _kind_of(self, layer: nn.Module, hidden: Tensor, known: list[LayerKind]) -> LayerKind:
+        dtype = self.geometry.dtype
+        positions = torch.arange(_NUM_PROBE_TOKENS, device=self.device) * 7
+        cos, sin = self.rotary.at(positions, 7 * _NUM_PROBE_TOKENS)
+        paged, recorder = self._probe_batch(layer)
+        with _without_sums(layer):
+            expected = layer(
+                hidden.unsqueeze(0),
+                attention_mask=None,
+                position_ids=positions.unsqueeze(0),
+                use_cache=False,
+                position_embeddings=(cos.to(dtype).unsqueeze(0), sin.to(dtype).unsqueeze(0)),
+                paged=paged,
+            )
+        (kind,) = recorder.kinds
+        if kind.softcap is not None:
+            raise _CannotFuse("it caps attention scores")
+        if kind not in known:
+            stack = self.new_stack(self.geometry)
+            stack.add_layer(_weights(layer), kind)
+            _compare(stack.run(hidden, cos, sin, paged, None), expected.squeeze(0), hidden)
+        return kind
+
+    def _probe_batch(self, layer: nn.Module) -> tuple[PagedBatch, _Recorder]:
+        """One sequence of a few tokens in memory of its own."""
+        geometry, device = self.geometry, self.device
+        recorder = _Recorder(select_backend(device, geometry.dtype))
+        index = int(layer.get_submodule("self_attn").layer_idx)  # type: ignore[arg-type]
+        shape = KVShape(
+            block_size=recorder.block_size,
+            num_kv_heads=geometry.num_kv_heads,
+            head_dim=geometry.head_dim,
+            dtype=geometry.dtype,
+        )
+        count = _NUM_PROBE_TOKENS
+        batch = PagedBatch(
+            query_start=torch.tensor([0, count], dtype=torch.int32, device=device),
+            kv_lens=torch.tensor([count], dtype=torch.int32, device=device),
+            block_tables=torch.zeros(1, 1, dtype=torch.int32, device=device),
+            slots=torch.arange(count, device=device),
+            max_query_len=count,
+            max_kv_len=count,
+            kv_layers=allocate_kv([index], 1, shape, device),
+            backend=recorder,
+        )
+        return batch, recorder
+
+
+def _geometry(model: PreTrainedModel, layers: list[nn.Module]) -> Geometry:
     """What all layers have in common. Raises _CannotFuse if they are built in another way."""
     for layer in layers:
         _check_structure(layer)
@@ -231,7 +293,7 @@ def _geometry(model: PreTrainedModel, layers: list[nn.Module]) -> _Geometry:
     }
     if len(norms) != 1:
         raise _CannotFuse("its norms differ in epsilon")
-    return _Geometry(
+    return Geometry(
         hidden_size=int(model.config.hidden_size),
         num_heads=len(_weight(attention, "q_proj")) // head_dim,
         num_kv_heads=len(_weight(attention, "k_proj")) // head_dim,
@@ -260,43 +322,6 @@ def _weight(module: nn.Module, name: str) -> Tensor:
     return module.get_parameter(f"{name}.weight").data.contiguous()
 
 
-def _check_layers(
-    layers: list[nn.Module], geometry: _Geometry, rotary: _RotaryTable
-) -> list[_LayerKind]:
-    """How each layer attends. Raises _CannotFuse where the kernel's result is not the layer's."""
-    if rotary.width != geometry.head_dim:
-        raise _CannotFuse("it rotates a part of each head only")
-    generator = torch.Generator().manual_seed(0)
-    shape = (_NUM_PROBE_TOKENS, geometry.hidden_size)
-    hidden = torch.randn(shape, generator=generator).mul_(0.05).to(geometry.dtype)
-    positions = torch.arange(_NUM_PROBE_TOKENS) * 7
-    cos, sin = rotary.at(positions, int(positions[-1]) + 1)
-    kinds: list[_LayerKind] = []
-    for layer in layers:
-        paged, recorder = _probe_batch(layer, geometry)
-        with _without_sums(layer):
-            expected = layer(
-                hidden.unsqueeze(0),
-                attention_mask=None,
-                position_ids=positions.unsqueeze(0),
-                use_cache=False,
-                position_embeddings=(
-                    cos.to(geometry.dtype).unsqueeze(0),
-                    sin.to(geometry.dtype).unsqueeze(0),
-                ),
-                paged=paged,
-            )
-        (kind,) = recorder.kinds
-        if kind not in kinds:
-            stack = geometry.new_stack()
-            _add_layer(stack, layer, kind)
-            _bind(stack, paged.kv_layers)
-            ours = stack.run(hidden, cos, sin, *_paging(paged), None, None)
-            _compare(ours, expected.squeeze(0), hidden)
-        kinds.append(kind)
-    return kinds
-
-
 @contextmanager
 def _without_sums(layer: nn.Module) -> Iterator[None]:
     """While layers are compared, this rank's part stands for the whole: ranks have not met yet."""
@@ -311,29 +336,6 @@ def _without_sums(layer: nn.Module) -> Iterator[None]:
             linear.tp = tp
 
 
-def _probe_batch(layer: nn.Module, geometry: _Geometry) -> tuple[PagedBatch, _Recorder]:
-    """One sequence of a few tokens in memory of its own."""
-    recorder = _Recorder()
-    index = int(layer.get_submodule("self_attn").layer_idx)  # type: ignore[arg-type]
-    shape = KVShape(
-        block_size=_NUM_PROBE_TOKENS,
-        num_kv_heads=geometry.num_kv_heads,
-        head_dim=geometry.head_dim,
-        dtype=geometry.dtype,
-    )
-    batch = PagedBatch(
-        query_start=torch.tensor([0, _NUM_PROBE_TOKENS], dtype=torch.int32),
-        kv_lens=torch.tensor([_NUM_PROBE_TOKENS], dtype=torch.int32),
-        block_tables=torch.zeros(1, 1, dtype=torch.int32),
-        slots=torch.arange(_NUM_PROBE_TOKENS),
-        max_query_len=_NUM_PROBE_TOKENS,
-        max_kv_len=_NUM_PROBE_TOKENS,
-        kv_layers=allocate_kv([index], 1, shape, torch.device("cpu")),
-        backend=recorder,
-    )
-    return batch, recorder
-
-
 def _compare(ours: Tensor, theirs: Tensor, hidden: Tensor) -> None:
     added, expected = ours.float() - hidden.float(), theirs.float() - hidden.float()
     distance = float((added - expected).norm() / expected.norm())
@@ -341,31 +343,19 @@ def _compare(ours: Tensor, theirs: Tensor, hidden: Tensor) -> None:
         raise _CannotFuse(f"the kernel's result for a layer is {distance:.1%} off the layer's own")
 
 
-def _add_layer(stack: Any, layer: nn.Module, kind: _LayerKind) -> None:
-    if kind.softcap is not None:
-        raise _CannotFuse("it caps attention scores")
+def _weights(layer: nn.Module) -> LayerWeights:
     attention, mlp = layer.get_submodule("self_attn"), layer.get_submodule("mlp")
     qkv = [attention.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj")]
     biases = [module.bias for module in qkv if module.bias is not None]
-    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-    stack.add_layer(
-        [_weight(attention, name) for name in ("q_proj", "k_proj", "v_proj")],
-        _weight(attention, "o_proj"),
-        [_weight(mlp, "gate_proj"), _weight(mlp, "up_proj")],
-        _weight(mlp, "down_proj"),
-        _weight(layer, "input_layernorm"),
-        _weight(layer, "post_attention_layernorm"),
-        torch.cat(biases) if biases else None,  # type: ignore[arg-type]
-        *[None if norm is None else norm.weight for norm in norms],
-        kind.scaling,
-        kind.window,
+    query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+    return LayerWeights(
+        qkv=[_weight(attention, name) for name in ("q_proj", "k_proj", "v_proj")],
+        output=_weight(attention, "o_proj"),
+        gate_up=[_weight(mlp, "gate_proj"), _weight(mlp, "up_proj")],
+        down=_weight(mlp, "down_proj"),
+        input_norm=_weight(layer, "input_layernorm"),
+        post_norm=_weight(layer, "post_attention_layernorm"),
+        qkv_bias=torch.cat(biases) if biases else None,  # type: ignore[arg-type]
+        query_norm=None if query_norm is None else query_norm.weight,
+        key_norm=None if key_norm is None else key_norm.weight,
     )
-
-
-def _bind(stack: Any, kv_layers: Mapping[int, KVLayer]) -> None:
-    memory = [kv_layers[index] for index in sorted(kv_layers)]
-    stack.bind_memory([layer.key for layer in memory], [layer.value for layer in memory])
-
-
-def _paging(paged: PagedBatch) -> tuple[Tensor, ...]:
-    return paged.query_start, paged.kv_lens, paged.block_tables, paged.slots

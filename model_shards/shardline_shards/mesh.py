@@ -144,6 +144,8 @@ class _Peer:
         connect(self._socket, endpoint)
 
     def send(self, content: bytes | memoryview) -> None:
+        if self.is_lost:
+            raise self.loss()
         try:
             self._socket.send(content, zmq.NOBLOCK, copy=False)
         except zmq.Again as error:  # no connection is left that it could wait for

@@ -8,6 +8,7 @@ from shardline_shards.attention.interface import AttentionBackend, KVLayer, Page
 from shardline_shards.attention.memory import KVShape, allocate_kv
 from shardline_shards.attention.pages import AHEAD_BYTES, PagesAhead
 from shardline_shards.attention.reference import ReferenceBackend
+from shardline_shards.attention.triton_backend import TritonBackend
 
 __all__ = [
     "AHEAD_BYTES",
@@ -24,6 +25,7 @@ __all__ = [
 # Best first: the first that serves a device is taken.
 BACKENDS: dict[str, AttentionBackend] = {
     "cuda": CudaBackend(),
+    "triton": TritonBackend(),
     "cpu": CpuBackend(),
     "reference": ReferenceBackend(),
 }

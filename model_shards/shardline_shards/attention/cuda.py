@@ -1,23 +1,19 @@
 """Paged attention on NVIDIA GPUs, by the FlashAttention that torch ships.
 
-Written against `torch.nn.attention.varlen` of torch 2.13; older ones may lack `block_table`, and
-then the reference runs. What its kernel (FlashAttention 2) asks for: compute capability 8.0, bf16
-or fp16, head_dim a multiple of 8 up to 256, blocks of a multiple of 256 tokens, and `cu_seq_k` even
-where `seqused_k` says it all. It has no soft cap: layers with one (gemma2) run on the reference,
-right but slow.
+`torch.nn.attention.varlen` has block tables from torch 2.12 on; before that Triton's kernels run.
+What its kernel (FlashAttention 2) asks for: compute capability 8.0, bf16 or fp16, head_dim a
+multiple of 8 up to 256, blocks of a multiple of 256 tokens, and `cu_seq_k` even where `seqused_k`
+says it all. It has no soft cap: layers with one (gemma2) are Triton's too.
 """
 
 import functools
 import inspect
-import logging
 
 import torch
 from torch import Tensor
 
 from shardline_shards.attention.interface import KVLayer, PagedBatch
-from shardline_shards.attention.reference import ReferenceBackend
-
-logger = logging.getLogger(__name__)
+from shardline_shards.attention.triton_backend import TritonBackend
 
 
 class CudaBackend:
@@ -30,7 +26,7 @@ class CudaBackend:
     block_size = 256
 
     def __init__(self) -> None:
-        self._reference = ReferenceBackend()
+        self._triton = TritonBackend()
 
     def serves(self, device: torch.device, dtype: torch.dtype) -> bool:
         """GPUs from compute capability 8.0 on, in half precision."""
@@ -55,7 +51,7 @@ class CudaBackend:
     ) -> Tensor:
         """See `AttentionBackend.attend`."""
         if softcap is not None:
-            return self._reference.attend(
+            return self._triton.attend(
                 query,
                 layer,
                 batch,
@@ -86,15 +82,8 @@ class CudaBackend:
 
 @functools.cache
 def has_paging() -> bool:
-    """Whether this torch's `varlen_attn` takes block tables; one warning where it does not."""
+    """Whether this torch's `varlen_attn` takes block tables."""
     # Imported late: it brings the compiler along, two seconds that a CPU never needs.
     from torch.nn.attention.varlen import varlen_attn
 
-    if "block_table" in inspect.signature(varlen_attn).parameters:
-        return True
-    logger.warning(
-        "attention runs on the slow reference: torch %s has no paged FlashAttention; "
-        "install torch 2.13",
-        torch.__version__,
-    )
-    return False
+    return "block_table" in inspect.signature(varlen_attn).parameters
