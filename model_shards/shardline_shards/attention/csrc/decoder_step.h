@@ -42,10 +42,13 @@ struct Layer {
 // out[column...] = sums (+ bias), as far as `width` goes
 template <size_t kPanels>
 void store_sums(
-    const Vec (&sums)[kPanels], const float* bias, float* out, int64_t column, int64_t width) {
+    const Register (&sums)[kPanels], const float* bias, float* out, int64_t column, int64_t width) {
   for (size_t p = 0; p < kPanels && column < width; ++p, column += kLanes) {
     const int count = static_cast<int>(std::min(kLanes, width - column));
-    const Vec sum = bias == nullptr ? sums[p] : sums[p] + Vec::loadu(bias + column, count);
+    Vec sum(sums[p]);
+    if (bias != nullptr) {
+      sum = sum + Vec::loadu(bias + column, count);
+    }
     sum.store(out + column, count);
   }
 }
@@ -247,7 +250,7 @@ class DecoderStep {
 
   template <size_t kPanels>
   static void store_gated(
-      const Vec (&sums)[kPanels], T* out, int64_t column, const Layer<T>& layer) {
+      const Register (&sums)[kPanels], T* out, int64_t column, const Layer<T>& layer) {
     for (size_t p = 0; p + 1 < kPanels && column < layer.mlp_size; p += 2, column += kLanes) {
       const int64_t count = std::min(kLanes, layer.mlp_size - column);
       store_narrow(gated(sums[p], sums[p + 1]), out + column, count);

@@ -71,7 +71,8 @@ struct Packed {
 template <typename T, int kRows, int kPanels, typename Fetching>
 C10_ALWAYS_INLINE void multiply_pass(
     const Input<T>* input, int64_t stride, const T* weights, int64_t step_size, int64_t num_steps,
-    Fetching fetch, Vec (&sums)[kRows][kPanels]) {
+    Fetching fetch, Register (&result)[kRows][kPanels]) {
+  Register sums[kRows][kPanels];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -96,12 +97,12 @@ C10_ALWAYS_INLINE void multiply_pass(
         const __m512bh left = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 4
         for (int p = 0; p < kPanels; ++p) {
-          sums[r][p] = Vec(_mm512_dpbf16_ps(sums[r][p], left, right[p]));
+          sums[r][p] = _mm512_dpbf16_ps(sums[r][p], left, right[p]);
         }
       }
 #endif
     } else {
-      Vec right[kPanels];
+      Register right[kPanels];
 #pragma GCC unroll 4
       for (int p = 0; p < kPanels; ++p) {
         right[p] = load_wide(weights + p * kPanelSize);
@@ -111,9 +112,17 @@ C10_ALWAYS_INLINE void multiply_pass(
         const Vec left(input[r * stride + k]);
 #pragma GCC unroll 4
         for (int p = 0; p < kPanels; ++p) {
-          sums[r][p] = at::vec::fmadd(left, right[p], sums[r][p]);
+          sums[r][p] = at::vec::fmadd(left, Vec(right[p]), Vec(sums[r][p]));
         }
       }
+    }
+  }
+  // Not in place: what others know the address of is kept in memory.
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p) {
+      result[r][p] = sums[r][p];
     }
   }
 }
@@ -148,7 +157,7 @@ void multiply_tile_packed(
     const Store& store) {
   constexpr int kAtOnce = pass_panels(kRows, kPanels);
   constexpr int64_t kStepSize = kPanels * kLanes * kDepth<T>;
-  Vec sums[kRows][kAtOnce];
+  Register sums[kRows][kAtOnce];
   const T* weights = w.data + group * w.group_size();
   const auto pass = [&](int first, auto fetch) {
     multiply_pass<T, kRows, kAtOnce>(
@@ -229,7 +238,7 @@ void multiply_groups_in_tiles(
           sums[0]);
     });
     for (int64_t r = 0; r < tile.num_rows; ++r) {
-      Vec row[kPanels];
+      Register row[kPanels];
       for (int p = 0; p < kPanels; ++p) {
         row[p] = Vec::loadu(sums[r] + p * kLanes);
       }

@@ -28,6 +28,16 @@ namespace {
 
 using Vec = at::vec::Vectorized<float>;
 
+// For arrays that are to stay in registers: gcc keeps those in memory whose elements have a
+// constructor, and `Vec` has one. Both turn into each other by themselves.
+#if defined(CPU_CAPABILITY_AVX512)
+using Register = __m512;
+#elif defined(CPU_CAPABILITY_AVX2)
+using Register = __m256;
+#else
+using Register = Vec;
+#endif
+
 constexpr int64_t kLanes = Vec::size();
 constexpr int64_t kCacheLineBytes = 64;
 constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
@@ -132,7 +142,7 @@ C10_ALWAYS_INLINE Vec sum_lanes_of_each(Vec* x) {
 template <int kRows, typename T>
 C10_ALWAYS_INLINE void dot_rows(
     const float* rows, int64_t size, const T* key, Vec (*sums)[kLanes], int64_t place) {
-  Vec sum[kRows];
+  Register sum[kRows];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
     sum[r] = Vec(0.f);
@@ -142,7 +152,7 @@ C10_ALWAYS_INLINE void dot_rows(
     const Vec wide = load_wide(key + i);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      sum[r] = at::vec::fmadd(Vec::loadu(rows + r * size + i), wide, sum[r]);
+      sum[r] = at::vec::fmadd(Vec::loadu(rows + r * size + i), wide, Vec(sum[r]));
     }
   }
 #pragma GCC unroll 4
@@ -157,7 +167,7 @@ template <int kRows, int kColumns, bool kAccumulate, typename Right>
 C10_ALWAYS_INLINE void multiply_tile(
     const float* a, int64_t lda, const Right& b, int64_t first, float* c, int64_t ldc,
     int64_t depth) {
-  Vec sum[kRows][kColumns];
+  Register sum[kRows][kColumns];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -166,7 +176,7 @@ C10_ALWAYS_INLINE void multiply_tile(
     }
   }
   for (int64_t k = 0; k < depth; ++k) {
-    Vec right[kColumns];
+    Register right[kColumns];
 #pragma GCC unroll 4
     for (int j = 0; j < kColumns; ++j) {
       right[j] = b(k, first + j * kLanes);
@@ -176,7 +186,7 @@ C10_ALWAYS_INLINE void multiply_tile(
       const Vec left(a[r * lda + k]);
 #pragma GCC unroll 4
       for (int j = 0; j < kColumns; ++j) {
-        sum[r][j] = at::vec::fmadd(left, right[j], sum[r][j]);
+        sum[r][j] = at::vec::fmadd(left, Vec(right[j]), Vec(sum[r][j]));
       }
     }
   }
@@ -184,7 +194,7 @@ C10_ALWAYS_INLINE void multiply_tile(
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int j = 0; j < kColumns; ++j) {
-      sum[r][j].store(c + r * ldc + j * kLanes);
+      Vec(sum[r][j]).store(c + r * ldc + j * kLanes);
     }
   }
 }
