@@ -35,9 +35,10 @@ RUN /tools/bin/hatchling build --target wheel \
  && /tools/bin/pip --python /opt/shardline install --no-deps --no-index dist/*.whl
 
 FROM ${BASE}
-# g++ stays: the attention kernel is compiled on, and for, the CPU that it runs on.
+# g++ stays: the attention kernel is compiled on, and for, the CPU that it runs on. On a GPU, Triton
+# compiles what launches its kernels, with Python's headers.
 RUN apt-get update \
- && apt-get install --yes --no-install-recommends ca-certificates g++ python3 tini \
+ && apt-get install --yes --no-install-recommends ca-certificates g++ python3-dev tini \
  && rm -rf /var/lib/apt/lists/*
 RUN groupadd --gid 10001 shardline \
  && useradd --uid 10001 --gid 10001 --home-dir /cache --no-create-home shardline \

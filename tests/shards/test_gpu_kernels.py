@@ -2,6 +2,7 @@
 layers beside the library's modules. Triton's interpreter multiplies no bf16.
 """
 
+import logging
 import os
 import subprocess
 import sys
@@ -131,6 +132,19 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(capability: str, tmp_pat
     lines = done.stdout.splitlines()
     assert len(lines) == 21
     assert all(int(line.split()[-1]) <= 99 << 10 for line in lines), done.stdout
+
+
+def test_where_triton_cannot_run_a_gpu_s_layers_are_the_library_s(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Here for want of a GPU; where there is one, for want of a compiler."""
+    triton_backend.has_triton.cache_clear()
+    gpu = torch.device("cuda")
+    with caplog.at_level(logging.WARNING):
+        assert not TRITON.serves(gpu, torch.bfloat16)
+        assert fused.stack_class(gpu) is None
+    (record,) = caplog.records
+    assert "apt install gcc python3-dev" in record.message
 
 
 @pytest.fixture

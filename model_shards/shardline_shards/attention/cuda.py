@@ -3,7 +3,7 @@
 `torch.nn.attention.varlen` has block tables from torch 2.12 on; before that Triton's kernels run.
 What its kernel (FlashAttention 2) asks for: compute capability 8.0, bf16 or fp16, head_dim a
 multiple of 8 up to 256, blocks of a multiple of 256 tokens, and `cu_seq_k` even where `seqused_k`
-says it all. It has no soft cap: layers with one (gemma2) are Triton's too.
+says it all. It has no soft cap: layers with one (gemma2) are Triton's too, or the reference's.
 """
 
 import functools
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from shardline_shards.attention.interface import KVLayer, PagedBatch
-from shardline_shards.attention.triton_backend import TritonBackend
+from shardline_shards.attention.reference import ReferenceBackend
+from shardline_shards.attention.triton_backend import TritonBackend, has_triton
 
 
 class CudaBackend:
@@ -27,6 +28,7 @@ class CudaBackend:
 
     def __init__(self) -> None:
         self._triton = TritonBackend()
+        self._reference = ReferenceBackend()
 
     def serves(self, device: torch.device, dtype: torch.dtype) -> bool:
         """GPUs from compute capability 8.0 on, in half precision."""
@@ -51,7 +53,8 @@ class CudaBackend:
     ) -> Tensor:
         """See `AttentionBackend.attend`."""
         if softcap is not None:
-            return self._triton.attend(
+            capping = self._triton if has_triton() else self._reference
+            return capping.attend(
                 query,
                 layer,
                 batch,

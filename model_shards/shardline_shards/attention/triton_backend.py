@@ -6,6 +6,8 @@ its kernels run on a CPU, one program after the other: right, but only good for 
 
 import functools
 import importlib.util
+import logging
+import subprocess
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +15,8 @@ from torch import Tensor
 
 from shardline_shards.attention.interface import KVLayer, PagedBatch
 from shardline_shards.attention.reference import ReferenceBackend
+
+logger = logging.getLogger(__name__)
 
 _SPLIT = 256
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -217,5 +221,19 @@ def power_of_two(number: int) -> int:
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether Triton is installed, as it is with torch's CUDA builds on Linux."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether Triton can run kernels on this node's GPUs; one warning where it cannot."""
+    if importlib.util.find_spec("triton") is None:
+        logger.warning("GPUs run the library's slower layers: Triton is not installed")
+        return False
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_device()
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        logger.warning(
+            "GPUs run the library's slower layers: Triton cannot run (%s); it needs a C compiler "
+            "and Python's headers (Debian, Ubuntu: apt install gcc python3-dev)",
+            error,
+        )
+        return False
+    return True
