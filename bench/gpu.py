@@ -2,6 +2,7 @@
 
     python bench/gpu.py llama-3.1-8b qwen3-0.6b
     python bench/gpu.py tiny --device cpu   # the same code without a GPU; its figures mean nothing
+    python bench/gpu.py llama-3.1-8b --kernels   # and which kernels take the time
 
 Random weights of the shapes in gpu_model.py: no model is read, and torch, transformers and the two
 packages that a worker imports are all it needs. First attention, recorded decodes and sampling are
@@ -21,11 +22,12 @@ from statistics import median
 import torch
 from gpu_model import SHAPES, Model
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import GenerationConfig, PreTrainedConfig
 
 from shardline_scheduler.plan import NewRequest, SamplingParams, ScheduledRequest, StepPlan
 from shardline_shards.attention import BACKENDS, AttentionBackend
-from shardline_shards.batch import RequestTable
+from shardline_shards.batch import RequestTable, StepBatch
 from shardline_shards.drawing import draw_tokens
 from shardline_shards.stage_model import model_class
 
@@ -194,6 +196,19 @@ def time_prompt(model: Model, machine: Machine, sizes: Sizes) -> None:
     )
 
 
+def print_kernels(model: Model, what: str, batch: StepBatch) -> None:
+    """What takes the time of a step, all rounds together."""
+    on_gpu = model.device.type == "cuda"
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    with profile(activities=[activity]) as seen:
+        for _ in range(3):
+            model.run(batch, None)
+        _finish(model.device)
+    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    print(f"\n{what}, three times")
+    print(seen.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=60))
+
+
 def run_streams(model: Model, sizes: Sizes) -> float:
     """Tokens a second of `num_streams` requests from prompts to last tokens, greedy."""
     requests, plan = model.requests(sizes.num_streams, sizes.context, sizes.num_output_tokens)
@@ -236,7 +251,7 @@ def run_transformers(
     return sum(len(output.generated_tokens) for output in outputs.values()) / taken
 
 
-def measure(name: str, machine: Machine, sizes: Sizes) -> None:
+def measure(name: str, machine: Machine, sizes: Sizes, *, shows_kernels: bool) -> None:
     config, device = SHAPES[name], machine.device
     max_decodes = max(*sizes.num_decodes, sizes.num_streams)
     num_tokens = max(max_decodes * sizes.context, sizes.prompt)
@@ -254,6 +269,9 @@ def measure(name: str, machine: Machine, sizes: Sizes) -> None:
     check_sampling(model)
     time_decodes(model, machine, sizes)
     time_prompt(model, machine, sizes)
+    if shows_kernels:
+        print_kernels(model, "a decode", model.decodes(1, sizes.context))
+        print_kernels(model, f"a prompt of {sizes.prompt}", model.prompt(sizes.prompt))
     ours = run_streams(model, sizes)
     print(f"{sizes.num_streams} streams, prompts included: {ours:.1f} tokens/s")
     _, plan = model.requests(sizes.num_streams, sizes.context, 1)
@@ -276,6 +294,7 @@ def main() -> None:
     )
     parser.add_argument("shapes", nargs="+", choices=sorted(SHAPES))
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--kernels", action="store_true", help="show which take the time")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -288,7 +307,7 @@ def main() -> None:
         f"copy {machine.bytes_per_s / 1e9:.0f} GB/s, bf16 {machine.flops_per_s / 1e12:.1f} TFLOP/s"
     )
     for name in arguments.shapes:
-        measure(name, machine, sizes)
+        measure(name, machine, sizes, shows_kernels=arguments.kernels)
 
 
 if __name__ == "__main__":
