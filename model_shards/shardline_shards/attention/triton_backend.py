@@ -195,7 +195,8 @@ class Tile:
         """As large as fits the shared memory of every GPU that is served: 99 KiB."""
         heads = power_of_two(group)
         share = max(1, width_of(head_dim) * element_bytes // 256)
-        return cls(max(128 // share, heads), max(MIN_WIDTH, heads), 64 // share)
+        least = max(MIN_WIDTH, heads)
+        return cls(max(128 // share, least), least, max(64 // share, MIN_WIDTH))
 
 
 MIN_WIDTH = 16  # of what tensor cores multiply, in each direction
