@@ -9,13 +9,14 @@
 namespace {
 
 constexpr int64_t kTileRows = 48;     // rows (tokens x heads of a KV head) aimed at in a tile
-constexpr int64_t kRowsInTiles = 96;  // likewise, where tile registers multiply
+constexpr int64_t kRowsInBf16 = 96;   // likewise, where bf16 is multiplied
 constexpr int64_t kPieceKeys = 1024;  // a lone query's keys are cut into pieces at least so long
 
-// Whether tile registers multiply the queries of chunks.
+// Whether the queries of chunks are multiplied in bf16.
 template <typename P>
-bool walks_in_tiles(const P& p) {
-  return p.dim() % 2 == 0 && goes_in_tiles<typename P::T>(p.dim() / 2);
+bool walks_in_bf16(const P& p) {
+  using T = typename P::T;
+  return kPairs<T> && p.dim() % (2 * kTileSteps) == 0 && (!kTiles<T> || may_use_tiles());
 }
 
 // A lone query takes `heads` KV heads at a time: all, so that KV memory is read as one stream, or
@@ -40,7 +41,7 @@ template <typename P>
 void plan_chunk(const P& p, int64_t sequence, std::vector<Task>& tasks) {
   const int64_t query_len = p.query_len(sequence);
   const int64_t first_position = p.kv_lens[sequence] - query_len;
-  const int64_t rows = walks_in_tiles(p) ? kRowsInTiles : kTileRows;
+  const int64_t rows = walks_in_bf16(p) ? kRowsInBf16 : kTileRows;
   const int64_t tile = std::max<int64_t>(2, rows / p.group);
   for (int64_t first = divide_up(query_len, tile) * tile - tile; first >= 0; first -= tile) {
     const int64_t tokens = std::min(tile, query_len - first);
@@ -56,9 +57,9 @@ void plan_chunk(const P& p, int64_t sequence, std::vector<Task>& tasks) {
 template <typename P>
 void run_task(const P& p, const Task& task, const Task* then, Scratch& s) {
   const bool is_lone = task.num_tokens == 1 && p.dim() % kLanes == 0;
-  if constexpr (kTiles<typename P::T>) {
-    if (task.num_tokens > 1 && walks_in_tiles(p)) {
-      return walk_in_tiles(p, task, s);
+  if constexpr (kPairs<typename P::T>) {
+    if (task.num_tokens > 1 && walks_in_bf16(p)) {
+      return walk_in_bf16(p, task, s);
     }
   }
   s.reset(task.num_tokens * p.group * (task.head_end - task.head_begin), p.padded());

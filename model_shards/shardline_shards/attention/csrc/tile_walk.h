@@ -1,17 +1,20 @@
-// The walk of `walk.h` for the queries of a chunk, with both products in the tile registers of AMX.
-// Keys are turned round and values laid in pairs, like packed weights, once a turn for all queries;
-// weights are multiplied as sums of two bf16, which is 16 bits of them. Sums are fp32, as ever.
+// The walk of `walk.h` for the queries of a chunk, with both products in bf16: in the tile registers of
+// AMX, or where there are none in pairs. Keys are turned round and values laid in pairs, like packed
+// weights, once a turn for all queries; weights are multiplied as sums of two bf16, which is 16 bits of
+// them. Sums are fp32, as ever.
 
 #pragma once
 
+#include "product.h"
 #include "tiles.h"
 #include "walk.h"
 
 namespace {
 
-#ifdef SHARDLINE_HAS_TILES
+#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
 
 constexpr Fetch<0> kNothing{nullptr};
+constexpr int64_t kPairsSize = 2 * kLanes;  // of a vector of columns
 constexpr int64_t kValueColumns = 2 * kLanes;  // of an output, that are computed at once
 constexpr int64_t kValuesSize = kKeys * kValueColumns;
 constexpr int64_t kKeysAtOnce = 2 * kTileSteps;  // that values are multiplied for
@@ -56,7 +59,7 @@ inline void pair_up(const at::BFloat16* even, const at::BFloat16* odd, at::BFloa
   const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
   const __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
   _mm512_store_si512(out, _mm512_permutex2var_epi16(a, first, b));
-  _mm512_store_si512(out + kPanelSize, _mm512_permutex2var_epi16(a, second, b));
+  _mm512_store_si512(out + kPairsSize, _mm512_permutex2var_epi16(a, second, b));
 }
 
 // Values as [dim / kValueColumns, kKeys / 2, 2, kLanes, 2], in whole tiles: beyond the last key there
@@ -66,7 +69,7 @@ void lay_values(const P& p, int64_t head, int64_t count, Scratch& s) {
   for (int64_t j = 0; j < whole_tiles(count); j += 2) {
     const auto* even = p.value + s.offsets[j] + head * p.dim();
     const auto* odd = p.value + s.offsets[j + 1] + head * p.dim();
-    at::BFloat16* out = s.tiles.values.data() + j * kPanelSize;
+    at::BFloat16* out = s.tiles.values.data() + j * kPairsSize;
     for (int64_t i = 0; i < p.dim(); i += kValueColumns, out += kValuesSize) {
       pair_up(even + i, odd + i, out);
     }
@@ -97,13 +100,44 @@ C10_ALWAYS_INLINE void for_each_pair(int64_t num_rows, const Run& run) {
   }
 }
 
+// sums [num_rows, kPanels, kLanes], as `multiply_tiles` has them, a few rows at a time
+template <int kPanels>
+void multiply_in_pairs(
+    const at::BFloat16* input, int64_t stride, int64_t num_rows, const at::BFloat16* weights,
+    int64_t num_steps, float* sums) {
+  constexpr int kMax = max_rows(kPanels);
+  for (int64_t row = 0; row < num_rows; row += kMax, input += kMax * stride) {
+    with_rows<kMax>(std::min<int64_t>(kMax, num_rows - row), [&](auto rows) {
+      Register some[decltype(rows)::value][kPanels];
+      multiply_pass<at::BFloat16, decltype(rows)::value, kPanels>(
+          input, stride, weights, kPanels * kPairsSize, num_steps, kNothing, some);
+      for (int r = 0; r < rows; ++r) {
+        for (int p = 0; p < kPanels; ++p, sums += kLanes) {
+          Vec(some[r][p]).store(sums);
+        }
+      }
+    });
+  }
+}
+
+template <int kPanels>
+void multiply_bf16(
+    Tiles& tiles, const at::BFloat16* input, int64_t stride, int64_t num_rows,
+    const at::BFloat16* weights, int64_t num_steps, float* sums) {
+  if constexpr (kTiles<at::BFloat16>) {
+    multiply_tiles<kPanels>(tiles, input, stride, num_rows, weights, num_steps, kNothing, sums);
+  } else {
+    multiply_in_pairs<kPanels>(input, stride, num_rows, weights, num_steps, sums);
+  }
+}
+
 // scores [rows, kKeys] = queries * keys
 template <typename P>
 void score_pairs(const P& p, int64_t num_rows, Tiles& tiles, Scratch& s) {
   for_each_pair(num_rows, [&](int64_t first, int64_t some) {
-    multiply_tiles<kKeys / kLanes>(
+    multiply_bf16<kKeys / kLanes>(
         tiles, s.tiles.query.data() + first * p.dim(), p.dim(), some, s.tiles.keys.data(),
-        p.dim() / 2, kNothing, s.scores.data() + first * kKeys);
+        p.dim() / 2, s.scores.data() + first * kKeys);
   });
 }
 
@@ -139,13 +173,12 @@ void add_pairs(const P& p, int64_t count, int64_t num_rows, Tiles& tiles, Scratc
   for_each_pair(num_rows, [&](int64_t first, int64_t some) {
     const at::BFloat16* values = s.tiles.values.data();
     for (int64_t i = 0; i < p.dim(); i += kValueColumns, values += kValuesSize) {
-      const auto multiply = [&](const Lines<at::BFloat16>& weights, float* out) {
-        multiply_tiles<kValueColumns / kLanes>(
-            tiles, weights.data() + first * kKeys, kKeys, some, values, whole_tiles(count) / 2,
-            kNothing, out);
+      const auto add_up = [&](const Lines<at::BFloat16>& weights, float* out) {
+        multiply_bf16<kValueColumns / kLanes>(
+            tiles, weights.data() + first * kKeys, kKeys, some, values, whole_tiles(count) / 2, out);
       };
-      multiply(s.tiles.weights, sums[0]);
-      multiply(s.tiles.rests, sums[1]);
+      add_up(s.tiles.weights, sums[0]);
+      add_up(s.tiles.rests, sums[1]);
       add_sums(
           &s.tiles.shrink[first], sums[0], sums[1], some,
           s.state.output.data() + first * p.padded() + i, p.padded());
@@ -154,7 +187,7 @@ void add_pairs(const P& p, int64_t count, int64_t num_rows, Tiles& tiles, Scratc
 }
 
 template <typename P>
-void walk_in_tiles(const P& p, const Task& task, Scratch& s) {
+void walk_in_bf16(const P& p, const Task& task, Scratch& s) {
   const int64_t num_rows = task.num_tokens * p.group;
   s.state.reset(num_rows, p.padded());
   s.tiles.reset(num_rows, p.dim());
