@@ -55,14 +55,8 @@ def attend_chunks(
     heads = kv_head * GROUP + rows % GROUP
     is_row = (rows < TOKENS * GROUP) & (tokens < query_len)
     positions = kv_len - query_len + tokens
-    dims = tl.arange(0, DIM)
-    is_there = is_row[:, None] & (dims < HEAD_DIM)[None, :]
     places = (first_row + tokens).to(tl.int64)
-    loaded = tl.load(
-        query + places[:, None] * query_stride + heads[:, None] * head_stride + dims[None, :],
-        mask=is_there,
-        other=0.0,
-    )
+    loaded = _load_rows(query + places * query_stride + heads * head_stride, is_row, HEAD_DIM, DIM)
     first_position = kv_len - query_len + first_token
     first_key = 0
     if WINDOW > 0:
@@ -87,10 +81,12 @@ def attend_chunks(
         ROWS,
         KEYS,
     )
-    tl.store(
-        output + (places[:, None] * (NUM_KV_HEADS * GROUP) + heads[:, None]) * HEAD_DIM + dims,
-        (sums / total[:, None]).to(output.dtype.element_ty),
-        mask=is_there,
+    _store_rows(
+        output + (places * (NUM_KV_HEADS * GROUP) + heads) * HEAD_DIM,
+        sums / total[:, None],
+        is_row,
+        HEAD_DIM,
+        DIM,
     )
 
 
@@ -139,14 +135,9 @@ def attend_singles(
     first = _first_split(kv_len, WINDOW, SPLIT)
     num_splits = tl.cdiv(kv_len, SPLIT)
     rows = tl.arange(0, ROWS)
-    dims = tl.arange(0, DIM)
-    is_there = (rows < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
+    is_row = rows < GROUP
     heads = kv_head * GROUP + rows
-    loaded = tl.load(
-        query + row * query_stride + heads[:, None] * head_stride + dims[None, :],
-        mask=is_there,
-        other=0.0,
-    )
+    loaded = _load_rows(query + row * query_stride + heads * head_stride, is_row, HEAD_DIM, DIM)
     positions = tl.zeros([ROWS], tl.int32) + kv_len - 1
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -173,23 +164,16 @@ def attend_singles(
         )
         if IS_SHARED:
             place = (sequence * (NUM_KV_HEADS * GROUP) + heads) * max_splits + split
-            tl.store(
-                partial_sums + place[:, None] * HEAD_DIM + dims[None, :], split_sums, mask=is_there
-            )
-            tl.store(partial_scales + 2 * place, split_largest, mask=rows < GROUP)
-            tl.store(partial_scales + 2 * place + 1, split_total, mask=rows < GROUP)
+            _store_rows(partial_sums + place * HEAD_DIM, split_sums, is_row, HEAD_DIM, DIM)
+            tl.store(partial_scales + 2 * place, split_largest, mask=is_row)
+            tl.store(partial_scales + 2 * place + 1, split_total, mask=is_row)
         else:
-            new_largest = tl.maximum(largest, split_largest)
-            old, new = tl.exp2(largest - new_largest), tl.exp2(split_largest - new_largest)
-            total = total * old + split_total * new
-            sums = sums * old[:, None] + split_sums * new[:, None]
-            largest = new_largest
+            largest, total, sums = _merge(
+                largest, total, sums, split_largest, split_total, split_sums
+            )
     if not IS_SHARED:
-        tl.store(
-            output + (row * (NUM_KV_HEADS * GROUP) + heads[:, None]) * HEAD_DIM + dims[None, :],
-            (sums / total[:, None]).to(output.dtype.element_ty),
-            mask=is_there,
-        )
+        place = row * (NUM_KV_HEADS * GROUP) + heads
+        _store_rows(output + place * HEAD_DIM, sums / total[:, None], is_row, HEAD_DIM, DIM)
 
 
 @triton.jit(do_not_specialize=["max_splits"])
@@ -213,27 +197,49 @@ def merge_splits(
     if tl.load(query_start + sequence + 1) - row != 1:
         return
     kv_len = tl.load(kv_lens + sequence)
-    dims = tl.arange(0, DIM)
-    is_dim = dims < HEAD_DIM
     base = (sequence * NUM_HEADS + head) * max_splits
+    one = tl.arange(0, 1)
     largest = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
-    sums = tl.zeros([DIM], tl.float32)
+    sums = tl.zeros([1, DIM], tl.float32)
     for split in range(_first_split(kv_len, WINDOW, SPLIT), tl.cdiv(kv_len, SPLIT)):
-        place = base + split
-        split_largest = tl.load(partial_scales + 2 * place)
-        split_total = tl.load(partial_scales + 2 * place + 1)
-        split_sums = tl.load(partial_sums + place * HEAD_DIM + dims, mask=is_dim, other=0.0)
-        new_largest = tl.maximum(largest, split_largest)
-        old, new = tl.exp2(largest - new_largest), tl.exp2(split_largest - new_largest)
-        total = total * old + split_total * new
-        sums = sums * old + split_sums * new
-        largest = new_largest
-    tl.store(
-        output + (row * NUM_HEADS + head) * HEAD_DIM + dims,
-        (sums / total).to(output.dtype.element_ty),
-        mask=is_dim,
-    )
+        place = base + split + one
+        largest, total, sums = _merge(
+            largest,
+            total,
+            sums,
+            tl.load(partial_scales + 2 * place),
+            tl.load(partial_scales + 2 * place + 1),
+            _load_rows(partial_sums + place * HEAD_DIM, one == 0, HEAD_DIM, DIM),
+        )
+    place = row * NUM_HEADS + head + one
+    _store_rows(output + place * HEAD_DIM, sums / total[:, None], one == 0, HEAD_DIM, DIM)
+
+
+@triton.jit
+def _load_rows(starts, is_row, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
+    """The heads [rows, DIM] at the pointers `starts` [rows]; 0 beside them and where no row is."""
+    dims = tl.arange(0, DIM)
+    is_there = is_row[:, None] & (dims < HEAD_DIM)[None, :]
+    return tl.load(starts[:, None] + dims[None, :], mask=is_there, other=0.0)
+
+
+@triton.jit
+def _store_rows(starts, values, is_row, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
+    """The same way back, in the dtype that lies there."""
+    dims = tl.arange(0, DIM)
+    is_there = is_row[:, None] & (dims < HEAD_DIM)[None, :]
+    values = values.to(starts.dtype.element_ty)
+    tl.store(starts[:, None] + dims[None, :], values, mask=is_there)
+
+
+@triton.jit
+def _merge(largest, total, sums, split_largest, split_total, split_sums):
+    """What `_attend` has found for some keys, and for those behind them, as if for all."""
+    new_largest = tl.maximum(largest, split_largest)
+    old, new = tl.exp2(largest - new_largest), tl.exp2(split_largest - new_largest)
+    total = total * old + split_total * new
+    return new_largest, total, sums * old[:, None] + split_sums * new[:, None]
 
 
 @triton.jit

@@ -62,8 +62,8 @@ struct State {
   }
 };
 
-// What a walk in tile registers has beside; see `tile_walk.h`.
-struct TileScratch {
+// What a walk in bf16 has beside; see `bf16_walk.h`.
+struct Bf16Scratch {
   Lines<at::BFloat16> query;           // [rows, head_dim]
   Lines<at::BFloat16> rows;            // [kLanes, head_dim]
   Lines<at::BFloat16> keys, values;    // [kKeys, head_dim], laid out like packed weights
@@ -83,7 +83,7 @@ struct TileScratch {
 
 struct Scratch {
   State state;
-  TileScratch tiles;
+  Bf16Scratch bf16;
   Lines<float> query;   // [rows, head_dim]
   Lines<float> scores;  // [rows, kKeys]
   Lines<float> rows;    // [kLanes, padded]

@@ -16,7 +16,7 @@
 namespace {
 
 // Two neighbours in K go together where the processor multiplies pairs of bf16.
-#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
+#ifdef SHARDLINE_HAS_PAIRS
 template <typename T>
 constexpr bool kPairs = std::is_same_v<T, at::BFloat16>;
 #else
@@ -84,7 +84,7 @@ C10_ALWAYS_INLINE void multiply_pass(
   for (int64_t k = 0; k < num_steps; ++k, weights += step_size) {
     fetch.step();
     if constexpr (kPairs<T>) {
-#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
+#ifdef SHARDLINE_HAS_PAIRS
       __m512bh right[kPanels];
 #pragma GCC unroll 4
       for (int p = 0; p < kPanels; ++p) {

@@ -4,7 +4,7 @@
 
 #include <atomic>
 
-#include "tile_walk.h"
+#include "bf16_walk.h"
 
 namespace {
 

@@ -5,8 +5,7 @@
 
 #include "vector_math.h"
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && \
-    defined(CPU_CAPABILITY_AVX512)
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(SHARDLINE_HAS_PAIRS)
 #define SHARDLINE_HAS_TILES
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -18,6 +17,7 @@ namespace {
 constexpr int64_t kRowsInTile = 16;  // of the input
 constexpr int64_t kRowsInPair = 2 * kRowsInTile;
 constexpr int64_t kTileSteps = 16;   // pairs of the depth
+constexpr int64_t kPanelSize = 32;   // of a step of the depth: a pair for each lane
 
 #ifdef SHARDLINE_HAS_TILES
 
@@ -77,7 +77,6 @@ class Tiles {
   int64_t num_rows_ = 0;
 };
 
-constexpr int64_t kPanelSize = 2 * kRowsInTile;  // of a step of the depth
 template <int kPanels>
 constexpr int64_t kStepBytes = kPanels * kPanelSize * sizeof(at::BFloat16);
 template <int kPanels>

@@ -14,6 +14,11 @@
 #define CPU_CAPABILITY DEFAULT
 #endif
 
+// Whether pairs of bf16 are multiplied and summed in fp32 by one instruction.
+#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
+#define SHARDLINE_HAS_PAIRS
+#endif
+
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 

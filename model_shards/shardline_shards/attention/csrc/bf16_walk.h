@@ -11,10 +11,9 @@
 
 namespace {
 
-#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
+#ifdef SHARDLINE_HAS_PAIRS
 
 constexpr Fetch<0> kNothing{nullptr};
-constexpr int64_t kPairsSize = 2 * kLanes;  // of a vector of columns
 constexpr int64_t kValueColumns = 2 * kLanes;  // of an output, that are computed at once
 constexpr int64_t kValuesSize = kKeys * kValueColumns;
 constexpr int64_t kKeysAtOnce = 2 * kTileSteps;  // that values are multiplied for
@@ -39,11 +38,11 @@ void copy_queries(const P& p, const Task& task, at::BFloat16* out) {
 template <typename P>
 void turn_keys(const P& p, int64_t head, int64_t count, Scratch& s) {
   const int64_t num_pairs = p.dim() / 2;
-  const auto* rows = reinterpret_cast<const float*>(s.tiles.rows.data());
-  auto* out = reinterpret_cast<float*>(s.tiles.keys.data());
+  const auto* rows = reinterpret_cast<const float*>(s.bf16.rows.data());
+  auto* out = reinterpret_cast<float*>(s.bf16.keys.data());
   for (int64_t j = 0; j < pad(count); j += kLanes) {
     for (int64_t r = 0; r < kLanes; ++r) {
-      std::copy_n(p.key + s.offsets[j + r] + head * p.dim(), p.dim(), &s.tiles.rows[r * p.dim()]);
+      std::copy_n(p.key + s.offsets[j + r] + head * p.dim(), p.dim(), &s.bf16.rows[r * p.dim()]);
     }
     for (int64_t i = 0; i < num_pairs; i += kLanes) {
       at::vec::transpose_mxn<float, kLanes, kLanes>(rows + i, num_pairs, out + i * kKeys + j, kKeys);
@@ -59,7 +58,7 @@ inline void pair_up(const at::BFloat16* even, const at::BFloat16* odd, at::BFloa
   const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
   const __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
   _mm512_store_si512(out, _mm512_permutex2var_epi16(a, first, b));
-  _mm512_store_si512(out + kPairsSize, _mm512_permutex2var_epi16(a, second, b));
+  _mm512_store_si512(out + kPanelSize, _mm512_permutex2var_epi16(a, second, b));
 }
 
 // Values as [dim / kValueColumns, kKeys / 2, 2, kLanes, 2], in whole tiles: beyond the last key there
@@ -69,7 +68,7 @@ void lay_values(const P& p, int64_t head, int64_t count, Scratch& s) {
   for (int64_t j = 0; j < whole_tiles(count); j += 2) {
     const auto* even = p.value + s.offsets[j] + head * p.dim();
     const auto* odd = p.value + s.offsets[j + 1] + head * p.dim();
-    at::BFloat16* out = s.tiles.values.data() + j * kPairsSize;
+    at::BFloat16* out = s.bf16.values.data() + j * kPanelSize;
     for (int64_t i = 0; i < p.dim(); i += kValueColumns, out += kValuesSize) {
       pair_up(even + i, odd + i, out);
     }
@@ -110,7 +109,7 @@ void multiply_in_pairs(
     with_rows<kMax>(std::min<int64_t>(kMax, num_rows - row), [&](auto rows) {
       Register some[decltype(rows)::value][kPanels];
       multiply_pass<at::BFloat16, decltype(rows)::value, kPanels>(
-          input, stride, weights, kPanels * kPairsSize, num_steps, kNothing, some);
+          input, stride, weights, kPanels * kPanelSize, num_steps, kNothing, some);
       for (int r = 0; r < rows; ++r) {
         for (int p = 0; p < kPanels; ++p, sums += kLanes) {
           Vec(some[r][p]).store(sums);
@@ -136,7 +135,7 @@ template <typename P>
 void score_pairs(const P& p, int64_t num_rows, Tiles& tiles, Scratch& s) {
   for_each_pair(num_rows, [&](int64_t first, int64_t some) {
     multiply_bf16<kKeys / kLanes>(
-        tiles, s.tiles.query.data() + first * p.dim(), p.dim(), some, s.tiles.keys.data(),
+        tiles, s.bf16.query.data() + first * p.dim(), p.dim(), some, s.bf16.keys.data(),
         p.dim() / 2, s.scores.data() + first * kKeys);
   });
 }
@@ -147,10 +146,10 @@ void weigh_rows(
     const P& p, const Task& task, int64_t start, int64_t count, int64_t num_rows, Scratch& s) {
   float* scores = s.scores.data();
   for (int64_t r = 0; r < num_rows; ++r, scores += kKeys) {
-    s.tiles.shrink[r] = weigh_row(p, task, r, start, count, scores, s.state);
+    s.bf16.shrink[r] = weigh_row(p, task, r, start, count, scores, s.state);
     std::fill(scores + pad(count), scores + whole_tiles(count), 0.f);
     split_weights(
-        scores, whole_tiles(count), &s.tiles.weights[r * kKeys], &s.tiles.rests[r * kKeys]);
+        scores, whole_tiles(count), &s.bf16.weights[r * kKeys], &s.bf16.rests[r * kKeys]);
   }
 }
 
@@ -171,16 +170,16 @@ template <typename P>
 void add_pairs(const P& p, int64_t count, int64_t num_rows, Tiles& tiles, Scratch& s) {
   alignas(kCacheLineBytes) float sums[2][kRowsInPair * kValueColumns];
   for_each_pair(num_rows, [&](int64_t first, int64_t some) {
-    const at::BFloat16* values = s.tiles.values.data();
+    const at::BFloat16* values = s.bf16.values.data();
     for (int64_t i = 0; i < p.dim(); i += kValueColumns, values += kValuesSize) {
       const auto add_up = [&](const Lines<at::BFloat16>& weights, float* out) {
         multiply_bf16<kValueColumns / kLanes>(
             tiles, weights.data() + first * kKeys, kKeys, some, values, whole_tiles(count) / 2, out);
       };
-      add_up(s.tiles.weights, sums[0]);
-      add_up(s.tiles.rests, sums[1]);
+      add_up(s.bf16.weights, sums[0]);
+      add_up(s.bf16.rests, sums[1]);
       add_sums(
-          &s.tiles.shrink[first], sums[0], sums[1], some,
+          &s.bf16.shrink[first], sums[0], sums[1], some,
           s.state.output.data() + first * p.padded() + i, p.padded());
     }
   });
@@ -190,9 +189,9 @@ template <typename P>
 void walk_in_bf16(const P& p, const Task& task, Scratch& s) {
   const int64_t num_rows = task.num_tokens * p.group;
   s.state.reset(num_rows, p.padded());
-  s.tiles.reset(num_rows, p.dim());
+  s.bf16.reset(num_rows, p.dim());
   s.scores.resize(num_rows * kKeys);
-  copy_queries(p, task, s.tiles.query.data());
+  copy_queries(p, task, s.bf16.query.data());
   Tiles tiles;
   for (int64_t start = task.key_begin; start < task.key_end; start += kKeys) {
     const int64_t count = std::min(kKeys, task.key_end - start);
