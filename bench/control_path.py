@@ -137,8 +137,8 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--layout", default="1x1")
     parser.add_argument("--streams", type=int, default=32)
-    arguments = parser.parse_args()
-    with serving(arguments.model, arguments.layout, ["--no-spare-worker"]) as (url, _):
+    arguments, options = parser.parse_known_args()
+    with serving(arguments.model, arguments.layout, ["--no-spare-worker", *options]) as (url, _):
         report(*watch(url, arguments.streams))
     report_worker(arguments.streams)
 

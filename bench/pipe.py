@@ -1,13 +1,13 @@
 """What two stages gain and where their time goes, beside one stage, for several steps in flight.
 
-    python bench/pipe.py demo --layouts 1x1 1x2 --in-flight 2 3 --streams 32
+    python bench/pipe.py demo --layouts 1x1 1x2 --in-flight 2 ahead --streams 32
 
 Options that it does not know go to the server. Starts `shardline serve` for each, sends waves of
 streams that start together (256 random tokens in, 128 greedy ones out) to one after the other, and
 reads from `/load` what became of the stages' time in between, but for the first second. With
 `--steady SECONDS` there are always so many streams instead, with 256 ± 50 % tokens in and 64 ± 50 %
 out, and the stages' time in the first and the last fifth does not count. One stage is served with 1
-step in flight and with 2, the second planned ahead.
+step in flight, and with the next one planned ahead.
 """
 
 import argparse
@@ -105,18 +105,18 @@ def row(num_streams: int, measured: Measured) -> str:
     return f"| {num_streams} | {rate} | {latencies} | {' ; '.join(shares)} |"
 
 
-def in_flight_options(layout: str, in_flight: int) -> list[str]:
-    """What makes a server have so many steps in flight."""
-    if layout.endswith("x1"):
-        return ["--async-scheduling" if in_flight > 1 else "--no-async-scheduling"]
-    return ["--max-in-flight", str(in_flight)]
+def in_flight_options(in_flight: str) -> list[str]:
+    """What makes a server have so many steps in flight, or one planned ahead."""
+    if in_flight == "ahead":
+        return ["--async-scheduling"]
+    return ["--no-async-scheduling", "--max-in-flight", in_flight]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--layouts", nargs="+", default=["1x1", "1x2"])
-    parser.add_argument("--in-flight", nargs="+", type=int, default=[2, 3])
+    parser.add_argument("--in-flight", nargs="+", default=["2", "ahead"], help="of several stages")
     parser.add_argument("--streams", nargs="+", type=int, default=[32])
     parser.add_argument("--waves", type=int, default=1)
     parser.add_argument("--steady", type=float, metavar="SECONDS", help="instead of a wave")
@@ -127,8 +127,8 @@ def main() -> None:
     with ExitStack() as stack:
         urls = {}
         for layout in arguments.layouts:
-            for in_flight in [1, 2] if layout.endswith("x1") else arguments.in_flight:
-                given = [*options, *in_flight_options(layout, in_flight)]
+            for in_flight in ["1", "ahead"] if layout.endswith("x1") else arguments.in_flight:
+                given = [*options, *in_flight_options(in_flight)]
                 url, _ = stack.enter_context(serving(arguments.model, layout, given))
                 urls[layout, in_flight] = url
                 bench(url, ["--concurrency", "4", "--num-requests", "4"])

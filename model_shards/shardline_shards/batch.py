@@ -24,7 +24,8 @@ class RequestState:
     """One live request: its tokens so far and where their keys and values lie.
 
     `last_drawn` is the token that was drawn last for it, which becomes one of its tokens when the
-    engine says so. Other ranks than the one that draws know it once it has been shared.
+    engine says so. Other ranks than the one that draws may not know it, and have LAST_DRAWN in its
+    place: the first stage's until it has come there, others for good, since they need no tokens.
     """
 
     token_ids: list[int]
@@ -38,7 +39,6 @@ class RequestState:
         for token in token_ids:
             if token == LAST_DRAWN:
                 token = self.last_drawn
-                assert token != LAST_DRAWN, "a token that this worker has not drawn"
             self.token_ids.append(token)
 
 
@@ -85,6 +85,9 @@ class RequestTable:
 
     def __len__(self) -> int:
         return len(self._requests)
+
+    def __contains__(self, request_index: int) -> bool:
+        return request_index in self._requests
 
     def __getitem__(self, request_index: int) -> RequestState:
         return self._requests[request_index]

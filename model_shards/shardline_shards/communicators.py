@@ -26,15 +26,24 @@ class StageLink(Protocol):
 
 
 class Communicators(ABC):
-    """All ways to others are made at once, none later, and anew in every generation."""
+    """All ways to others are made at once, none later, and anew in every generation.
+
+    `drawn` is the way of tokens from the rank that draws them to rank 0 of the first stage, if that
+    is another one and `shares_drawn`; both have it. `link_bytes` is the most that a step hands on.
+    """
 
     previous: StageLink | None = None
     next: StageLink | None = None
+    drawn: StageLink | None = None
+    link_bytes = 0
 
-    def __init__(self, layout: ParallelLayout, place: Place, ledger: Ledger) -> None:
+    def __init__(
+        self, layout: ParallelLayout, place: Place, ledger: Ledger, shares_drawn: bool
+    ) -> None:
         self.layout = layout
         self.place = place
         self.ledger = ledger
+        self._shares_drawn = shares_drawn and layout.pp > 1
         self._stage = StageCollectives(place.tp_rank, layout.tp, ledger) if layout.tp > 1 else None
 
     @property
@@ -56,13 +65,17 @@ class Communicators(ABC):
         """Hang up without asking anybody, because a rank is gone; who waits for this one is woken,
         and does the same: so all survivors get out, one after the other.
         """
-        self.previous = self.next = None
+        self.previous = self.next = self.drawn = None
         if self._stage is not None:
             self._stage.abandon()
 
     @abstractmethod
     def close(self) -> None:
         """Leave together: a rank that leaves early breaks what others still receive."""
+
+    def _ends_of_drawn(self) -> list[Place]:
+        """Who draws tokens and who needs them, if they are shared: the same on all ranks."""
+        return [Place(self.layout.pp - 1, 0), Place(0, 0)] if self._shares_drawn else []
 
     @property
     def num_dropped(self) -> int:

@@ -6,9 +6,8 @@ What was drawn is also kept, for a next step that was planned before the engine 
 import torch
 from torch import Tensor
 
-from shardline_scheduler.plan import LAST_DRAWN, PromptLogprobs, SampledToken, StepPlan
+from shardline_scheduler.plan import PromptLogprobs, SampledToken
 from shardline_shards.batch import RequestTable, StepBatch
-from shardline_shards.collectives import Collectives
 from shardline_shards.sampling import SampleRow, prompt_logprobs, sample
 
 
@@ -30,22 +29,6 @@ def draw_tokens(batch: StepBatch, logits: Tensor, requests: RequestTable) -> lis
         SampledToken(index, token_id, logprobs)
         for index, (token_id, logprobs) in zip(indexes, tokens, strict=True)
     ]
-
-
-def share_drawn(
-    plan: StepPlan, requests: RequestTable, collectives: Collectives, device: torch.device
-) -> None:
-    """Tell all ranks of the stage the tokens that `plan` takes for drawn; rank 0 has drawn them."""
-    indexes = [part.request_index for part in plan.scheduled if LAST_DRAWN in part.token_ids]
-    if collectives.size == 1 or not indexes:
-        return
-    states = [requests[index] for index in indexes]
-    is_drawer = collectives.rank == 0
-    # A sum is what every kind of collective has; of floats, which hold ids up to 2^24 exactly.
-    own = [state.last_drawn if is_drawer else 0 for state in states]
-    shared = collectives.all_reduce(torch.tensor(own, dtype=torch.float32, device=device))
-    for state, token_id in zip(states, shared.tolist(), strict=True):
-        state.last_drawn = int(token_id)
 
 
 def draw_prompt_logprobs(

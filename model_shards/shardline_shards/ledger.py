@@ -17,6 +17,7 @@ from typing import Self
 from zlib import crc32
 
 _HEAD = struct.Struct("<6q")  # step_id, is_running, num_operations, operation, two sizes
+_WHAT = struct.Struct("<3q")
 _DONE = struct.Struct("<3q")  # step_id, checksum of the plan, checksum of the operations
 _NUM_DONE = 256
 _SIZE = _HEAD.size + _NUM_DONE * _DONE.size
@@ -97,7 +98,7 @@ class Ledger:
             first *= size
         head = _HEAD.pack(self._step_id, 1, self._num_operations, operation, first, last)
         if is_shared:
-            self._operations = crc32(head, self._operations)
+            self._operations = crc32(_WHAT.pack(operation, first, last), self._operations)
         self._page[: _HEAD.size] = head
 
     def finish(self) -> None:

@@ -1,12 +1,10 @@
 """Communicators of workers that compute on CPUs: shared memory, or else encrypted messages."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-import torch
 import zmq
-from torch import Tensor
 
 from shardline_shards.channel import ClientKeys
 from shardline_shards.communicators import Communicators
@@ -14,9 +12,11 @@ from shardline_shards.errors import LostPeer
 from shardline_shards.exchange import ExchangeCollectives
 from shardline_shards.gate import Gate, LaunchKeys
 from shardline_shards.layout import ParallelLayout, Place
-from shardline_shards.ledger import Ledger, Operation
+from shardline_shards.ledger import Ledger
 from shardline_shards.mesh import Mesh
+from shardline_shards.mesh_link import MeshLink
 from shardline_shards.shared_memory import share_memory
+from shardline_shards.shared_pipe import share_pipes
 
 _LINGER_MS = 1000
 
@@ -25,9 +25,16 @@ class MeshCommunicators(Communicators):
     """A fresh mesh, on a fresh port, for every generation. A worker without others has none."""
 
     def __init__(
-        self, layout: ParallelLayout, place: Place, ledger: Ledger, host: str, keys: ClientKeys
+        self,
+        layout: ParallelLayout,
+        place: Place,
+        ledger: Ledger,
+        host: str,
+        keys: ClientKeys,
+        *,
+        shares_drawn: bool = False,
     ) -> None:
-        super().__init__(layout, place, ledger)
+        super().__init__(layout, place, ledger, shares_drawn)
         self._host = host
         self._gate = Gate(LaunchKeys.among_clients(keys)) if layout.world_size > 1 else None
         self._mesh: Mesh | None = None
@@ -48,12 +55,31 @@ class MeshCommunicators(Communicators):
         if self._stage is not None:
             exchange = ExchangeCollectives(mesh, self._own_stage(), self.place.tp_rank)
             self._stage.form(share_memory(exchange) or exchange)
-        before, after = self._neighbour(-1), self._neighbour(+1)
-        self.previous = None if before is None else MeshLink(mesh, before, self.ledger)
-        self.next = None if after is None else MeshLink(mesh, after, self.ledger)
+        self._form_links(mesh)
+
+    def _form_links(self, mesh: Mesh) -> None:
+        before, after, across = self._neighbour(-1), self._neighbour(+1), self._across()
+        draws = self.layout.is_last(self.place)
+        # One more than can be in flight, so that nobody waits to send.
+        to = {} if after is None else {after: [self.link_bytes] * (self.layout.pp + 2)}
+        sources = [] if before is None else [before]
+        if across is not None:
+            to |= {across: []} if draws else {}
+            sources += [] if draws else [across]
+        outgoing, incoming = share_pipes(mesh, to, sources)
+        if before is not None:
+            self.previous = MeshLink(mesh, before, incoming.get(before), self.ledger)
+        if after is not None:
+            self.next = MeshLink(mesh, after, outgoing.get(after), self.ledger)
+        if across is not None:
+            pipe = (outgoing if draws else incoming).get(across)
+            self.drawn = MeshLink(mesh, across, pipe, self.ledger, is_shared=False)
 
     def abandon(self) -> None:
         """As for all communicators."""
+        for link in (self.previous, self.next, self.drawn):
+            if isinstance(link, MeshLink):
+                link.leave()
         super().abandon()
         self._leave(linger_ms=0)
 
@@ -87,35 +113,16 @@ class MeshCommunicators(Communicators):
 
     def _peers(self) -> list[Place]:
         """Everyone that this worker exchanges tensors with."""
-        around = [self._neighbour(-1), self._neighbour(+1), *self._own_stage()]
-        return [place for place in around if place is not None and place != self.place]
+        others = [self._neighbour(-1), self._neighbour(+1), *self._own_stage(), self._across()]
+        known = dict.fromkeys(place for place in others if place is not None)
+        return [place for place in known if place != self.place]
+
+    def _across(self) -> Place | None:
+        """The other end of the way of drawn tokens, on its ends."""
+        ends = self._ends_of_drawn()
+        return next(place for place in ends if place != self.place) if self.place in ends else None
 
     def _neighbour(self, distance: int) -> Place | None:
         stage_index = self.place.stage_index + distance
         is_there = 0 <= stage_index < self.layout.pp
         return Place(stage_index, self.place.tp_rank) if is_there else None
-
-
-class MeshLink:
-    """A StageLink over the mesh."""
-
-    def __init__(self, mesh: Mesh, peer: Place, ledger: Ledger) -> None:
-        self._mesh = mesh
-        self._peer = peer
-        self._ledger = ledger
-
-    def send(self, hidden: Tensor) -> None:
-        """As for all links; the tensor is kept until it has left."""
-        self._ledger.note(Operation.SEND, hidden.shape)
-        self._mesh.send(self._peer, hidden)
-
-    def begin_receive(
-        self, num_tokens: int, width: int, dtype: torch.dtype
-    ) -> Callable[[], Tensor]:
-        """They come in by themselves; only the wait for them is left."""
-
-        def wait() -> Tensor:
-            self._ledger.note(Operation.RECEIVE, (num_tokens, width))
-            return self._mesh.receive(self._peer, torch.empty(num_tokens, width, dtype=dtype))
-
-        return wait

@@ -24,10 +24,10 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     `engine` is where the engine listens to it. `host` is this worker's own address, where its
     tensors are received. `kv_memory_bytes` is the most that KV memory may take on this worker
     (None: its part of what is free), `max_kv_blocks` the most that the engine has use for. On a
-    GPU, decodes of up to `max_graph_size` requests are recorded as CUDA graphs (0: none). The last
-    three are set by whoever starts the process; `cpu_ids` pins its `num_threads` threads (empty:
-    not pinned). `generation` is the one that it starts in: 0, and one more for every time that
-    ranks were lost.
+    GPU, decodes of up to `max_graph_size` requests are recorded as CUDA graphs (0: none). Where it
+    `plans_ahead`, stages tell each other what was drawn. The last three are set by whoever starts
+    the process; `cpu_ids` pins its `num_threads` threads (empty: not pinned). `generation` is the
+    one that it starts in: 0, and one more for every time that ranks were lost.
     """
 
     engine: Endpoint
@@ -43,7 +43,9 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     kv_memory_bytes: int | None
     max_kv_blocks: int
     max_model_len: int
+    max_num_batched_tokens: int
     max_graph_size: int
+    plans_ahead: bool
     log_level: str
     generation: int = 0
     free_memory_share: float = 0.0

@@ -47,8 +47,10 @@ class GroupCommunicators(Communicators):
         host: str,
         device: torch.device,
         backend: str = "nccl",
+        *,
+        shares_drawn: bool = False,
     ) -> None:
-        super().__init__(layout, place, ledger)
+        super().__init__(layout, place, ledger, shares_drawn)
         self._host = host
         self._device = device
         self._backend = backend
@@ -78,6 +80,7 @@ class GroupCommunicators(Communicators):
             )
             self._form_stages()
             self._form_borders()
+            self._form_way_of_drawn()
 
     def abandon(self) -> None:
         """As for all communicators."""
@@ -92,8 +95,9 @@ class GroupCommunicators(Communicators):
     def close(self) -> None:
         """When all ranks do."""
         if dist.is_initialized():
-            if isinstance(self.next, GroupLink):
-                self.next.flush()
+            for link in (self.next, self.drawn):
+                if isinstance(link, GroupLink):
+                    link.flush()
             dist.barrier()
             dist.destroy_process_group()
 
@@ -126,8 +130,20 @@ class GroupCommunicators(Communicators):
                 elif place == receiver:
                     self.previous = self._link(group, sender)
 
-    def _link(self, group: dist.ProcessGroup, peer: Place) -> "GroupLink":
-        return GroupLink(group, self.layout.rank(peer), peer, self._device, self.ledger)
+    def _form_way_of_drawn(self) -> None:
+        ends = self._ends_of_drawn()
+        if not ends:
+            return
+        group = _new_group([self.layout.rank(place) for place in ends])
+        if self.place in ends:
+            (other,) = (place for place in ends if place != self.place)
+            self.drawn = self._link(group, other, is_shared=False)
+
+    def _link(
+        self, group: dist.ProcessGroup, peer: Place, *, is_shared: bool = True
+    ) -> "GroupLink":
+        rank = self.layout.rank(peer)
+        return GroupLink(group, rank, peer, self._device, self.ledger, is_shared=is_shared)
 
 
 def _new_group(ranks: list[int]) -> dist.ProcessGroup:
@@ -169,7 +185,7 @@ class GroupCollectives:
 
 
 class GroupLink:
-    """A StageLink over a group of two."""
+    """A StageLink over a group of two; `is_shared` if all ranks of the stage have one like it."""
 
     MAX_PENDING = 4
 
@@ -180,17 +196,20 @@ class GroupLink:
         peer_place: Place,
         device: torch.device,
         ledger: Ledger,
+        *,
+        is_shared: bool = True,
     ) -> None:
         self._group = group
         self._peer = peer
         self._peer_name = str(peer_place)
         self._device = device
         self._ledger = ledger
+        self._is_shared = is_shared
         self._pending: deque[tuple[dist.Work | None, Tensor]] = deque()
 
     def send(self, hidden: Tensor) -> None:
         """As for all links; the tensor is kept until it has left."""
-        self._ledger.note(Operation.SEND, hidden.shape)
+        self._ledger.note(Operation.SEND, hidden.shape, is_shared=self._is_shared)
         hidden = hidden.contiguous()
         with self._losing_peer():
             work = dist.isend(hidden, self._peer, group=self._group)
@@ -212,7 +231,7 @@ class GroupLink:
             work = dist.irecv(hidden, self._peer, group=self._group)
 
         def wait() -> Tensor:
-            self._ledger.note(Operation.RECEIVE, (num_tokens, width))
+            self._ledger.note(Operation.RECEIVE, (num_tokens, width), is_shared=self._is_shared)
             self._wait_for(work, hidden)
             return hidden
 

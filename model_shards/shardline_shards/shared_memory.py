@@ -1,12 +1,6 @@
-"""Collectives between the ranks of a stage that live on one node, through memory they share.
-
-The memory has no name, so nothing is left behind however its users end: rank 0 makes it, and the
-others open it through rank 0's entry in /proc.
-"""
+"""Collectives between the ranks of a stage that live on one node, through memory they share."""
 
 import os
-import secrets
-import sys
 from typing import Any
 
 import torch
@@ -14,8 +8,7 @@ from torch import Tensor
 
 from shardline_shards.attention.cpu import load_kernel
 from shardline_shards.exchange import ExchangeCollectives
-
-_TOKEN_BYTES = 16
+from shardline_shards.node_memory import create_memory, no_ticket, open_memory
 
 
 class SharedMemoryCollectives:
@@ -50,12 +43,12 @@ def share_memory(exchange: ExchangeCollectives) -> SharedMemoryCollectives | Non
     That is so where ranks are on several nodes, or have no compiled kernel.
     """
     rank, size = exchange.rank, exchange.size
-    descriptor, ticket = _create(size) if rank == 0 else (-1, _no_ticket())
+    descriptor, ticket = _create(size) if rank == 0 else (-1, no_ticket())
     ticket = exchange.all_gather(ticket)[0]
     memory = None
     try:
         if rank != 0:
-            descriptor = _open(ticket)
+            descriptor = open_memory(ticket) if load_kernel() else -1
         if descriptor >= 0:
             memory = torch.classes.shardline.SharedMemory(descriptor, rank, size)
         answers = exchange.all_gather(torch.tensor([memory is not None]))
@@ -65,38 +58,7 @@ def share_memory(exchange: ExchangeCollectives) -> SharedMemoryCollectives | Non
     return SharedMemoryCollectives(memory, rank, size) if all(answers) else None
 
 
-def _no_ticket() -> Tensor:
-    """Process, descriptor and token; all zero where there is nothing to open."""
-    return torch.zeros(2 + _TOKEN_BYTES, dtype=torch.int64)
-
-
 def _create(size: int) -> tuple[int, Tensor]:
-    if sys.platform != "linux" or not load_kernel():
-        return -1, _no_ticket()
-    descriptor = os.memfd_create("shardline-collectives")
-    os.ftruncate(descriptor, torch.classes.shardline.SharedMemory.num_bytes(size))
-    token = secrets.token_bytes(_TOKEN_BYTES)
-    os.pwrite(descriptor, token, 0)
-    return descriptor, torch.tensor([os.getpid(), descriptor, *token])
-
-
-def _open(ticket: Tensor) -> int:
-    """The descriptor of what rank 0 has made, if this process can see it; else -1.
-
-    On another node, or in another container, the same path may be something else: the token tells.
-    """
-    process_id, number, *token = ticket.tolist()
-    if process_id == 0 or not load_kernel():
-        return -1
-    try:
-        descriptor = os.open(f"/proc/{process_id}/fd/{number}", os.O_RDWR)
-    except OSError:
-        return -1
-    try:
-        is_it = os.pread(descriptor, _TOKEN_BYTES, 0) == bytes(token)
-    except OSError:
-        is_it = False
-    if not is_it:
-        os.close(descriptor)
-        return -1
-    return descriptor
+    if not load_kernel():
+        return -1, no_ticket()
+    return create_memory("collectives", torch.classes.shardline.SharedMemory.num_bytes(size))

@@ -23,7 +23,8 @@ from shardline_shards.batch import BatchBuilder, RequestTable, StepBatch
 from shardline_shards.checkpoint import LoadReport, load_dummy, load_weights
 from shardline_shards.communicators import Communicators
 from shardline_shards.decode_graphs import CudaRecorder, DecodeGraphs, sizes_up_to
-from shardline_shards.drawing import draw_prompt_logprobs, draw_tokens, share_drawn
+from shardline_shards.drawing import draw_prompt_logprobs, draw_tokens
+from shardline_shards.drawn_tokens import DrawnTokens
 from shardline_shards.engine_channel import EngineChannel
 from shardline_shards.errors import LostPeer, ShardError, UnsupportedModel
 from shardline_shards.host_memory import available_memory
@@ -133,6 +134,7 @@ class Worker:
     def _meet(self, rendezvous: Rendezvous) -> None:
         """Find all ranks and try the way through them; from then on plans are executed."""
         self.communicators.form(rendezvous.addresses)
+        self.drawn = DrawnTokens(self.communicators, self.requests, self.device)
         self._is_cut_off = False
         self._record_graphs()
         self._try_out()
@@ -164,6 +166,8 @@ class Worker:
         )
         with _refusing():
             self.stage = Stage(stage_model, self.device)
+        row_bytes = self.stage.hidden_size * dtype.itemsize
+        self.communicators.link_bytes = config.max_num_batched_tokens * row_bytes
         self.ledger.rest()
         self._offer_memory(report)
 
@@ -295,17 +299,19 @@ class Worker:
         num_tokens = sum(part.num_scheduled_tokens for part in plan.scheduled)
         self.ledger.begin(plan.step_id, self.channel.checksum, num_tokens)
         receive_hidden = self._expect_hidden(num_tokens)
-        share_drawn(plan, self.requests, self.communicators.collectives, self.device)
         self.requests.apply(plan)
         assert self.batches is not None
         batch = self.batches.build(plan, self.requests)
         self.timer.lap(Part.PREPARE)
         hidden = receive_hidden()
+        self.drawn.fill_in(plan, batch)
         self.timer.lap(Part.TENSOR_WAIT)
         output = (self.graphs or self.stage).run(batch, hidden)
         link = self.communicators.next
         is_drawer = link is None and self.config.place.tp_rank == 0
         result = self._draw(plan.step_id, batch, output) if is_drawer else None
+        if result is not None:
+            self.drawn.send(result.tokens)
         self._wait_for_device()
         self.timer.lap(Part.COMPUTE)
         if link is not None:
@@ -345,9 +351,11 @@ def _refusing() -> Iterator[None]:
 
 def _communicators(config: WorkerConfig, device: torch.device, ledger: Ledger) -> Communicators:
     layout, place, host = config.layout, config.place, config.host
+    shares_drawn = config.plans_ahead
     if device.type == "cuda":
-        return GroupCommunicators(layout, place, ledger, host, device)
-    return MeshCommunicators(layout, place, ledger, host, config.engine.keys)
+        return GroupCommunicators(layout, place, ledger, host, device, shares_drawn=shares_drawn)
+    keys = config.engine.keys
+    return MeshCommunicators(layout, place, ledger, host, keys, shares_drawn=shares_drawn)
 
 
 def _device(config: WorkerConfig) -> torch.device:

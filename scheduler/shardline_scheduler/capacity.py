@@ -28,8 +28,8 @@ class Pricing:
     """Turns loads into times, for `max_in_flight` steps of `max_num_tokens` tokens each, between
     which the decodes are dealt.
 
-    With `num_trips_at_once` of each of them on its way, what a way takes beside computing is hidden
-    behind computing; but for first tokens.
+    Where `num_in_flight` are more than that, some are planned ahead, and what a way takes beside
+    computing is hidden behind computing; but for first tokens.
     """
 
     def __init__(
@@ -38,18 +38,14 @@ class Pricing:
         max_in_flight: int,
         max_num_tokens: int,
         *,
-        num_trips_at_once: int = 1,
+        num_in_flight: int | None = None,
     ) -> None:
         self.model = model
         self.max_in_flight = max_in_flight
         self.max_num_tokens = max_num_tokens
-        self._num_trips = num_trips_at_once
+        self.num_in_flight = num_in_flight or max_in_flight
+        self._num_trips = self.num_in_flight / max_in_flight
         self.least_chunk = _LEAST_CHUNK if max_num_tokens >= 8 * _LEAST_CHUNK else 1
-
-    @property
-    def num_in_flight(self) -> int:
-        """Steps in flight, when the pipe is full."""
-        return self.max_in_flight * self._num_trips
 
     def share_of(self, num_decodes: int, context: int) -> StepLoad:
         """A step's part of that many decodes with that many tokens of context in all."""
@@ -107,4 +103,4 @@ class Pricing:
     def token_s(self, decodes: StepLoad) -> float:
         """The time per token of steps that only decode."""
         step_s, trip_s = self.model.step_seconds(decodes), self.model.trip_seconds(decodes)
-        return max(self.max_in_flight * step_s, trip_s / self._num_trips)
+        return max(self.max_in_flight * step_s, self.model.gap_seconds(trip_s, self._num_trips))

@@ -12,10 +12,9 @@ class SchedulerConfig:
     `num_blocks` blocks of `block_size` tokens are the KV memory that every worker has.
     `max_num_seqs` limits the running requests, `max_num_batched_tokens` the tokens of one step,
     `max_num_waiting` the queue. `max_in_flight` is the number of steps that may be planned and not
-    yet committed; None means one for each of the `num_stages` stages. With `plans_ahead`, the next
-    step is planned while one runs: a request may then be in both, and its token of the first is
-    read in the second without the scheduler knowing it. That is for a single stage, since others
-    keep busy by steps that follow each other anyway.
+    yet committed; None means one for each of the `num_stages` stages. With `plans_ahead` there is
+    one more, which waits in the first stage for that to be free: a request may then be in two, and
+    its token of the first is read in the second without the scheduler knowing it.
     """
 
     num_blocks: int
@@ -49,14 +48,10 @@ class SchedulerConfig:
                 f"max_num_batched_tokens {self.max_num_batched_tokens} is below "
                 f"max_num_seqs {self.max_num_seqs}; raise the first or lower the second"
             )
-        if self.plans_ahead and self.num_stages > 1:
-            raise ValueError(
-                f"plans_ahead is for one stage, and num_stages is {self.num_stages}; turn it off"
-            )
         if self.plans_ahead and self.max_in_flight is not None:
             raise ValueError(
-                f"plans_ahead has two steps in flight, and max_in_flight is {self.max_in_flight}; "
-                "leave one of them out"
+                f"plans_ahead has {self.num_stages + 1} steps in flight, and max_in_flight is "
+                f"{self.max_in_flight}; leave one of them out"
             )
         if self.policy not in POLICIES:
             raise ValueError(f"policy {self.policy!r} is unknown; one of {sorted(POLICIES)}")
@@ -65,20 +60,22 @@ class SchedulerConfig:
     def in_flight_limit(self) -> int:
         """How many steps may be in flight."""
         if self.plans_ahead:
-            return 2
+            return self.num_stages + 1
         return self.num_stages if self.max_in_flight is None else self.max_in_flight
 
     @property
     def num_shares(self) -> int:
-        """Among how many steps in flight the decodes are dealt: ahead, each step has all."""
-        return 1 if self.plans_ahead else self.in_flight_limit
+        """Among how many steps the decodes are dealt; one that is planned ahead has those of the
+        first again.
+        """
+        return self.num_stages if self.plans_ahead else self.in_flight_limit
 
     @property
-    def num_trips_at_once(self) -> int:
-        """How many steps with the same decodes are in flight: while one is computed, another one
-        is on its way there or back.
+    def num_trips_at_once(self) -> float:
+        """How many steps of each decode are in flight, in the mean: ahead it is more than one, and
+        while one is computed, another one is on its way there or back.
         """
-        return self.in_flight_limit // self.num_shares
+        return self.in_flight_limit / self.num_shares
 
     @property
     def max_request_tokens(self) -> int:

@@ -109,12 +109,13 @@ class RangeModel(Struct):
 
     def tokens_within(self, seconds: float, load: StepLoad, context: int) -> int:
         """Prefill tokens behind `context` that may join `load` in a step of that time, margin
-        included; solves e/2·n² + (b + e·context)·n = what is left. Only for a trusted model.
+        included; solves e/2·n² + (b + e·(context - 1/2))·n = what is left, since the first of n
+        tokens has `context` before it, and the last n - 1 more. Only for a trusted model.
         """
         _, b, _, _, e = self.fit.coefficients
         b, e = max(b / _SCALES[1], LEAST_TOKEN_S), e / _SCALES[4]
         left = seconds / (1 + self.margin) - self.seconds(load)
-        slope = b + e * context
+        slope = b + e * (context - 0.5)
         if left <= 0:
             return 0
         if e * left > _TINY * slope * slope:
@@ -295,6 +296,12 @@ class PipeModel(Struct):
     def expected_trip_seconds(self, load: StepLoad) -> float:
         """The same without margin."""
         return self._sum_of_expected(load) + self.trip_overhead_s
+
+    def gap_seconds(self, trip_s: float, num_trips_at_once: float) -> float:
+        """The least time between two tokens of a request whose steps take `trip_s` each, where so
+        many of them are in flight: what a trip takes beside computing passes while others compute.
+        """
+        return max(trip_s - self.trip_overhead_s, trip_s / num_trips_at_once)
 
     def prefill_seconds(self, num_tokens: int, context: int) -> float:
         """Planned time that prefill tokens behind `context` add to the slowest stage."""

@@ -16,7 +16,7 @@ class Expiries:
     later, and is looked up again when it has come: every operation is O(log n).
     """
 
-    def __init__(self, model: PipeModel, num_trips_at_once: int = 1) -> None:
+    def __init__(self, model: PipeModel, num_trips_at_once: float = 1) -> None:
         self._model = model
         self._num_trips = num_trips_at_once
         self._heap: list[tuple[float, int, Request]] = []
@@ -71,8 +71,8 @@ class Expiries:
         if not self._model.is_ready:
             return 0.0
         decode = StepLoad(0, 1, len(request.token_ids), 0)
-        trip_s = self._model.expected_trip_seconds(decode) / self._num_trips
-        return BEST_CASE * max(self._model.expected_step_seconds(decode), trip_s)
+        trip_s = self._model.expected_trip_seconds(decode)
+        return BEST_CASE * self._model.gap_seconds(trip_s, self._num_trips)
 
     def _best_replay_s(self, request: Request) -> float:
         """What it has to compute again before its next token, whose own step is not counted."""

@@ -65,8 +65,10 @@ class Keeper(Protocol):
         """Promised requests that cannot keep their budgets any more, once each."""
         ...
 
-    def guest_limit_s(self, load: StepLoad, now: float) -> float:
-        """How long a step with these promised decodes may become by adding decodes of guests."""
+    def guest_limit_s(self, load: StepLoad, now: float, has_promised_decodes: bool) -> float:
+        """How long a step with these promised decodes may become by adding decodes of guests;
+        `has_promised_decodes` is whether there are any, in this step or in one that is in flight.
+        """
         ...
 
     def aim(self, load: StepLoad, now: float, prompts: Prompts) -> None:
@@ -115,7 +117,7 @@ class NoBudgets:
         """Nobody: late is late."""
         return []
 
-    def guest_limit_s(self, load: StepLoad, now: float) -> float:
+    def guest_limit_s(self, load: StepLoad, now: float, has_promised_decodes: bool) -> float:
         """No limit."""
         return inf
 
@@ -140,7 +142,7 @@ class BudgetKeeper:
             model,
             config.num_shares,
             config.max_num_batched_tokens,
-            num_trips_at_once=config.num_trips_at_once,
+            num_in_flight=config.in_flight_limit,
         )
         self._admission = Admission(config, self._pricing, policy, jitter)
         self._expiries = Expiries(model, config.num_trips_at_once)
@@ -195,15 +197,15 @@ class BudgetKeeper:
         """Those that cannot make it any more, by what an empty server would need."""
         return self._expiries.pop_hopeless(now)
 
-    def guest_limit_s(self, load: StepLoad, now: float) -> float:
-        """What promised decodes and promised prompts leave of a step."""
+    def guest_limit_s(self, load: StepLoad, now: float, has_promised_decodes: bool) -> float:
+        """What promised decodes and promised prompts leave of a step, as `aim` will have it."""
         ledger, pricing = self._admission.ledger, self._pricing
         if not len(ledger) or not pricing.model.is_ready:
             return inf
-        longest_s = pricing.longest_step_s(ledger.seconds_per_token, load)
         if not len(ledger.demand):
-            return longest_s
-        step_s = min(ledger.step_s, longest_s)
+            return pricing.longest_step_s(ledger.seconds_per_token, load)
+        limit = ledger.seconds_per_token if has_promised_decodes else inf
+        step_s = min(ledger.step_s, pricing.longest_step_s(limit, load))
         capacity = pricing.capacity(step_s, load, ledger.longest_prompt)
         if capacity.work <= 0:
             return 0.0

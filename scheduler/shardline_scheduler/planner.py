@@ -61,7 +61,8 @@ class Planner:
         self._make_way(victims)
         cap = -(-running.num_decodes // num_shares)
         if len(step) < cap:
-            limit_s = self._keeper.guest_limit_s(step.load, now)
+            has_promised = running.num_promised_decodes > 0
+            limit_s = self._keeper.guest_limit_s(step.load, now, has_promised)
             self._take_decodes(step, victims, cap, limit_s, guest=True)
 
     def _take_decodes(
@@ -73,7 +74,8 @@ class Planner:
         passed_over: list[Request] = []
         taken: list[Request] = []
         while len(step) < cap and (decodes := self._running.pop_decodes(cap - len(step), guest)):
-            num_timely = self._count_within(limit_s, step.load, decodes)
+            num_ready = self._count_ready(decodes, step.step_id)
+            num_timely = self._count_within(limit_s, step.load, decodes[:num_ready])
             timely = decodes[:num_timely]
             if self._memory.pool.num_available >= len(timely):
                 able = [r for r in timely if r.state is _RUNNING]
@@ -87,6 +89,18 @@ class Planner:
                 break
         self._running.put_back(passed_over, guest=guest)
         self._running.follow(taken)
+
+    def _count_ready(self, decodes: list[Request], step_id: int) -> int:
+        """How many of them, from the first on, read no token that may still be on its way when the
+        first stage is free for this step: it would wait for it there, and newcomers behind it.
+        """
+        num_stages = self.config.num_stages
+        if not self.config.plans_ahead or num_stages == 1:
+            return len(decodes)
+        for count, decode in enumerate(decodes):
+            if decode.num_tokens_in_flight and decode.drawing_step_id > step_id - num_stages:
+                return count
+        return len(decodes)
 
     def _count_within(self, limit_s: float, load: StepLoad, decodes: list[Request]) -> int:
         """How many of them, from the first on, may join a step until it takes `limit_s`."""

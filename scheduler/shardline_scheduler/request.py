@@ -37,8 +37,8 @@ class Request:
     nothing but computing them again. `num_computed_tokens` counts what has been planned, which is
     ahead of what the workers have done. `request_index` is its current name among the workers, who
     have been told the first `num_sent_blocks` blocks. `num_tokens_in_flight` tokens are being
-    drawn, each in a step of its own. `tenant` is whom its work is charged to. Times are the
-    scheduler's, in seconds; -inf where there is none yet.
+    drawn, each in a step of its own, the last of them in `drawing_step_id`. `tenant` is whom its
+    work is charged to. Times are the scheduler's, in seconds; -inf where there is none yet.
     """
 
     request_id: str
@@ -65,6 +65,7 @@ class Request:
     num_sent_blocks: int = field(init=False, default=0)
     last_step_id: int = field(init=False, default=-1)
     num_tokens_in_flight: int = field(init=False, default=0)
+    drawing_step_id: int = field(init=False, default=-1)
     block_table: list[int] = field(init=False, default_factory=list)
     block_digests: list[bytes] = field(init=False, default_factory=list)
     num_registered_blocks: int = field(init=False, default=0)

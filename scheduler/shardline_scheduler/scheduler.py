@@ -169,7 +169,7 @@ class Scheduler:
             return None
         self._num_steps += 1
         self._log.put(step.step_id, step.load)
-        self._clock.plan(step.load, now)
+        self._clock.plan(step.step_id, step.load, now, step.reads)
         self._in_flight.append(
             _InFlight(step.step_id, step.num_samples, step.load, now, not self._in_flight)
         )
@@ -183,7 +183,7 @@ class Scheduler:
         expected = self._in_flight.popleft()
         assert result.step_id == expected.step_id, f"{result.step_id} instead of {expected}"
         assert len(result.tokens) == expected.num_samples, f"{len(result.tokens)} for {expected}"
-        self._clock.commit(now)
+        self._clock.commit(result.step_id, now)
         if expected.is_alone:
             self.cost_model.observe_trip(expected.load, now - expected.planned_at)
         prompt_logprobs: dict[Request, Sequence[TokenLogprobs]] = {}
@@ -332,7 +332,7 @@ class Scheduler:
         if not back_in or not self.cost_model.is_ready:
             return Ahead()
         is_full = len(back_in) >= self.config.in_flight_limit
-        return Ahead(next_s=back_in[0] if is_full else 0.0, back_s=back_in[-1])
+        return Ahead(back_in[0] if is_full else 0.0, back_in[-1], tuple(back_in[-2::-1]))
 
     def _accept(
         self,

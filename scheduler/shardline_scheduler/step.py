@@ -11,11 +11,15 @@ _LAST_DRAWN = (LAST_DRAWN,)
 
 
 class Step:
-    """Collects parts until it is completed into a StepPlan."""
+    """Collects parts until it is completed into a StepPlan.
+
+    `reads` is the last of the steps in flight whose drawn tokens it takes for known, or -1.
+    """
 
     def __init__(self, step_id: int, cost: StepCost, memory: KvMemory) -> None:
         self.step_id = step_id
         self.num_samples = 0
+        self.reads = -1
         self._cost = cost
         self._memory = memory
         self.load = StepLoad()
@@ -50,11 +54,14 @@ class Step:
         next token.
         """
         scheduled, filled, step_id = self._scheduled, self._filled, self.step_id
-        block_size, context = self._memory.block_size, 0
+        block_size, context, last_read = self._memory.block_size, 0, -1
         for request in decodes:
             token_ids, block_table = request.token_ids, request.block_table
             position, num_sent = request.num_computed_tokens, request.num_sent_blocks
-            tokens = (token_ids[position],) if position < len(token_ids) else _LAST_DRAWN
+            if position < len(token_ids):
+                tokens = (token_ids[position],)
+            else:
+                tokens, last_read = _LAST_DRAWN, max(last_read, request.drawing_step_id)
             new_blocks: Sequence[int] = ()
             if num_sent < len(block_table):
                 new_blocks = block_table[num_sent:]
@@ -63,11 +70,12 @@ class Step:
                 ScheduledRequest(request.request_index, position, 1, tokens, new_blocks, True)
             )
             request.num_computed_tokens = position + 1
-            request.last_step_id = step_id
+            request.last_step_id = request.drawing_step_id = step_id
             request.num_tokens_in_flight += 1
             context += position
             if not (position + 1) % block_size:
                 filled.append(request)
+        self.reads = max(self.reads, last_read)
         self.num_samples += len(decodes)
         self.load.num_decodes += len(decodes)
         self.load.decode_context += context
@@ -99,6 +107,7 @@ class Step:
         request.last_step_id = self.step_id
         if end == num_known:
             request.num_tokens_in_flight += 1
+            request.drawing_step_id = self.step_id
             self.num_samples += 1
         if self._memory.has_full_block(request):
             self._filled.append(request)

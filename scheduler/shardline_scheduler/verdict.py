@@ -17,15 +17,24 @@ from .terms import Terms
 @dataclass(frozen=True, slots=True)
 class Ahead:
     """What is in flight: the next step can be planned in `next_s`, the last one is back in
-    `back_s`.
+    `back_s`, and those before it in `before_s`, newest first.
     """
 
     next_s: float = 0.0
     back_s: float = 0.0
+    before_s: tuple[float, ...] = ()
 
     def wait_s(self, step_s: float, max_in_flight: int) -> float:
-        """Until steps of `step_s` follow each other as in a pipe that has always done so."""
-        return max(self.next_s, self.back_s - (max_in_flight - 1) * step_s)
+        """Until steps of `step_s` follow each other as in a pipe that has always done so. The first
+        of them has to wait for the oldest of `max_in_flight` in flight, the next one for the next.
+        """
+        waits = [back_s - i * step_s for i, back_s in enumerate(self._backs_s(max_in_flight))]
+        return max(self.next_s, *waits)
+
+    def _backs_s(self, max_in_flight: int) -> list[float]:
+        """Of the last steps, oldest first; nothing for those that are back."""
+        before_s = self.before_s[: max_in_flight - 1]
+        return [0.0] * (max_in_flight - 1 - len(before_s)) + [*reversed(before_s), self.back_s]
 
 
 class KeptFor(Enum):

@@ -180,7 +180,7 @@ def worker(log_level: str, join: str, secret: str | None, iface: str | None, **v
 @click.option("--max-num-seqs", type=click.IntRange(1), default=256, show_default=True)
 @click.option("--max-num-batched-tokens", type=click.IntRange(1), default=2048, show_default=True)
 @click.option("--max-in-flight", type=click.IntRange(1), help="steps  [default: one a stage]")
-@click.option("--async-scheduling", is_flag=True, help="plan a step while one runs; one stage")
+@click.option("--async-scheduling", is_flag=True, help="plan one step more than there are stages")
 @click.option("--cache", type=click.Path(path_type=Path), help="where a server keeps what it knows")
 @client_commands.with_options(client_commands.LOAD)
 def simulate(**values: Any) -> None:

@@ -122,10 +122,10 @@ def choose_block_size(wanted: int | None, device: str) -> int:
 
 
 def choose_plans_ahead(settings: ServeSettings, device: str) -> bool:
-    """As asked; else where the next step can wait in the worker, and it is worth it."""
+    """As asked; else where it was measured to be worth it, or others have measured that."""
     if settings.async_scheduling is not None:
         return settings.async_scheduling
-    return device == "cuda" and settings.pp == 1 and settings.max_in_flight is None
+    return (settings.pp > 1) == (device == "cpu") and settings.max_in_flight is None
 
 
 def choose_device(wanted: str, num_workers: int) -> str:

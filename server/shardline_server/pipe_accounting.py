@@ -2,7 +2,8 @@
 
 A stage's timings leave no gap, so its parts sum to the wall. Waiting for a plan is split by what
 the engine was doing meanwhile, waiting for hidden states at the moment when the stage before began
-to send. No clock of its own: time is an argument, in seconds on the engine's clock.
+to send; and if the first stage waits for tokens, at the last moment when some were drawn. No clock
+of its own: time is an argument, in seconds on the engine's clock.
 """
 
 from collections import deque
@@ -14,6 +15,8 @@ from shardline_server.engine_timeline import ClockOffset, EngineTimeline, TimePa
 from shardline_server.messages import PipeStats, StageStats
 
 _MEMORY_STEPS = 100
+_MOST_IN_FLIGHT = 64
+_LATENESS_S = 1e-3  # tokens leave a little before the last stage's clock says that it is done
 
 
 @dataclass(slots=True)
@@ -48,6 +51,7 @@ class PipeAccounting:
         self._stages = [_StageAccount(now) for _ in range(num_stages)]
         self._steps: dict[int, _Step] = {}
         self._since = now
+        self._drawn_at: deque[float] = deque(maxlen=_MOST_IN_FLIGHT)
         self.balance = Balance(num_stages)
 
     def woke(self, now: float) -> None:
@@ -90,6 +94,7 @@ class PipeAccounting:
         self._drop_lost_steps(timing.step_id)
         for stage_index in range(len(self._stages)):
             self._account(step, timings, stage_index)
+        self._drawn_at.append(self._computed_at(timings[-1]))
         self.balance.add([known.busy_s for known in timings])
         del self._steps[timing.step_id]
         self._timeline.forget_before(min(stage.accounted_until for stage in self._stages))
@@ -130,16 +135,21 @@ class PipeAccounting:
         self._account_plan_wait(account, step, timing.planned_at - offset)
         account.add(TimePart.COMPUTE, timing.prepare_s + timing.compute_s)
         account.add(TimePart.COMMUNICATION, timing.send_s)
+        received_at = timing.received_at - offset
         if stage_index == 0:
-            in_transit = timing.tensor_wait_s
+            latest = received_at + _LATENESS_S
+            sent_at = max((drawn for drawn in self._drawn_at if drawn <= latest), default=0.0)
         else:
-            before = timings[stage_index - 1]
-            sent_at = before.received_at + before.compute_s
-            sent_at -= self._stages[stage_index - 1].clock.seconds
-            in_transit = min(max(0.0, timing.received_at - offset - sent_at), timing.tensor_wait_s)
+            sent_at = self._computed_at(timings[stage_index - 1])
+        in_transit = min(max(0.0, received_at - sent_at), timing.tensor_wait_s)
         account.add(TimePart.COMMUNICATION, in_transit)
         account.add(TimePart.STARVED, timing.tensor_wait_s - in_transit)
         account.accounted_until = max(account.accounted_until, timing.ended_at - offset)
+
+    def _computed_at(self, timing: StageTiming) -> float:
+        """When a stage was done with a step, but for sending."""
+        offset = self._stages[timing.stage_index].clock.seconds
+        return timing.received_at + timing.compute_s - offset
 
     def _account_plan_wait(self, account: _StageAccount, step: _Step, planned_at: float) -> None:
         left_at = min(max(account.accounted_until, step.submitted_at), planned_at)

@@ -143,8 +143,8 @@ class ServeSettings(DoorSettings, BaseSettings):
     )
     async_scheduling: Annotated[bool | None, Flag("Memory and scheduling")] = Field(
         None,
-        description="plan the next step while one runs, with one stage; a newcomer then waits for "
-        "both [default: on CUDA on, on CPUs off]",
+        description="plan one step more than there are stages, which waits until the first is "
+        "free; newcomers come after it [default: with one stage on CUDA, with several on CPUs]",
     )
     max_num_waiting: Annotated[Count, Flag("Memory and scheduling", "N")] = Field(
         1024, description="requests that may wait; more are refused with 503"
@@ -206,14 +206,9 @@ class ServeSettings(DoorSettings, BaseSettings):
                 f"max_num_batched_tokens {self.max_num_batched_tokens} is below "
                 f"max_num_seqs {self.max_num_seqs}; raise the first or lower the second"
             )
-        if self.async_scheduling and self.pp > 1:
-            raise ValueError(
-                f"async_scheduling is for one stage and pp is {self.pp}: stages keep busy by "
-                "max_in_flight"
-            )
         if self.async_scheduling and self.max_in_flight is not None:
             raise ValueError(
-                f"async_scheduling has two steps in flight and max_in_flight is "
+                f"async_scheduling has {self.pp + 1} steps in flight and max_in_flight is "
                 f"{self.max_in_flight}; give one"
             )
         if self.kv_memory is not None and self.num_kv_blocks is not None:

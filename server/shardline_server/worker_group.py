@@ -228,7 +228,9 @@ class WorkerGroup:
             kv_memory_bytes=config.kv_memory_bytes,
             max_kv_blocks=config.max_kv_blocks,
             max_model_len=config.max_model_len,
+            max_num_batched_tokens=config.max_num_batched_tokens,
             max_graph_size=config.max_num_seqs if config.has_cuda_graphs else 0,
+            plans_ahead=config.plans_ahead,
             log_level=config.log_level,
         )
 

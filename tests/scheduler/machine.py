@@ -19,7 +19,7 @@ from shardline_scheduler import (
     StepLoad,
 )
 from shardline_scheduler.cost_model import MIN_SAMPLES, RangeModel, scaled_features
-from shardline_scheduler.plan import SampledToken, SamplingParams, StepPlan, StepResult
+from shardline_scheduler.plan import LAST_DRAWN, SampledToken, SamplingParams, StepPlan, StepResult
 from shardline_scheduler.regression import NonNegativeFit
 
 # seconds: fixed, a prefill token, a decode, a token of decode context, of prefill context
@@ -114,6 +114,7 @@ class Machine:
         self._ends: dict[int, int] = {}
         self._known: dict[int, int] = {}
         self._awaiting: Counter[int] = Counter()
+        self._drawn_at: dict[int, float] = {}
         self.beginners: list[int] = []
 
     def run(self, visits: Iterable[Visit], until: float = inf) -> None:
@@ -171,12 +172,15 @@ class Machine:
         self._assert_in_order(plan)
         for part in plan.scheduled:
             load.add(part.num_scheduled_tokens, part.num_computed_tokens)
+            if LAST_DRAWN in part.token_ids:
+                end = max(end, self._drawn_at[part.request_index])
         for i, prices in enumerate(self.stages):
             seconds = _seconds(load, prices) * self._noise()
             end = max(end, self._free_at[i]) + seconds
             self._free_at[i] = end
             if self._learns:
                 self.scheduler.observe(plan.step_id, i, seconds)
+        self._drawn_at |= {part.request_index: end for part in plan.scheduled}
         self._in_flight.append(Running(plan, end))
 
     def _assert_in_order(self, plan: StepPlan) -> None:

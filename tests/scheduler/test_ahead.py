@@ -152,13 +152,45 @@ def test_a_first_token_is_promised_behind_the_step_ahead():
     assert guest.last.finish_reason is FinishReason.LENGTH
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"num_stages": 2}, "plans_ahead is for one stage, and num_stages is 2"),
-        ({"max_in_flight": 3}, "plans_ahead has two steps in flight, and max_in_flight is 3"),
-    ],
-)
-def test_what_does_not_go_with_it_is_refused(wrong: dict[str, object], message: str):
+def test_several_stages_have_one_step_more_than_there_are_stages():
+    p = pipe(num_stages=2)
+    for name in "ab":
+        p.add(name, [1] * 3, max_tokens=5)
+    assert parts(p.plan()) == [(0, 0, []), (1, 0, [])]
+    assert p.plan() is None, "a token of the step before would be waited for in the first stage"
+    p.commit()
+    assert [len(p.plan().scheduled) for _ in range(2)] == [1, 1], "micro-batches are even"
+    assert parts(p.plan()) == [(0, 4, [LAST_DRAWN])]
+    assert p.plan() is None, "three steps are in flight"
+    p.commit()
+    assert parts(p.plan()) == [(1, 4, [LAST_DRAWN])]
+    p.drain()
+
+
+def test_a_newcomer_does_not_wait_for_a_token_that_is_being_drawn():
+    """A lone decode is not planned again at once: the newcomer would come behind it."""
+    p = pipe(num_stages=3)
+    p.add("alone", [1] * 3, max_tokens=5)
+    p.plan()
+    assert p.plan() is None
+    p.add("newcomer", [2] * 3, max_tokens=5)
+    assert parts(p.plan()) == [(1, 0, [])]
+    p.drain()
+
+
+def test_the_clock_knows_which_step_waits_for_tokens():
+    """Two uneven stages: the third step begins when the first one's tokens are drawn."""
+    m = machine([(1e-3, 0, 1e-3, 0, 0), (9e-3, 0, 1e-3, 0, 0)], plans_ahead=True)
+    m.run([Visit(i, 0.0, num_prompt=1, num_output=50) for i in range(4)], until=0.2)
+    assert m.scheduler.num_in_flight == 3
+    back_in = m.scheduler._clock.back_in(m.now)
+    ends = [running.end - m.now for running in m._in_flight]
+    assert back_in == pytest.approx(ends), "seconds"
+
+
+def test_it_does_not_go_with_a_number_of_steps_in_flight():
+    message = "plans_ahead has 3 steps in flight, and max_in_flight is 3"
     with pytest.raises(ValueError, match=message):
-        SchedulerConfig(**{"num_blocks": 8, "max_model_len": 64, "plans_ahead": True} | wrong)  # type: ignore[arg-type]
+        SchedulerConfig(
+            num_blocks=8, max_model_len=64, plans_ahead=True, num_stages=2, max_in_flight=3
+        )

@@ -34,6 +34,9 @@ NUM_WORLDS_TO_COME_BACK_TO = 500
 @example(seed=192)  # A step time from an earlier promise held back decodes.
 @example(seed=1713)  # A short step came back just after two others had been planned.
 @example(seed=1000819)  # A guest was judged by all of his prompt, and took his place by the rest.
+@example(seed=5450)  # Decodes of guests took of a step that was just long enough for a prompt.
+@example(seed=7661)  # A step waited in the first stage for a token that a long one was drawing.
+@example(seed=8878)  # A step could not be planned yet, two uneven ones being in flight.
 @IN_MANY_WORLDS
 def test_who_is_admitted_is_in_time_whoever_comes_later(plans_ahead: bool, seed: int) -> None:
     """So admission has never accepted what cannot be kept. On the way the machine holds every plan

@@ -49,7 +49,7 @@ def configs(draw: st.DrawFn) -> SchedulerConfig:
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + draw(st.integers(0, 20)),
         max_num_waiting=8,
-        num_stages=1 if plans_ahead else draw(st.integers(1, 4)),
+        num_stages=draw(st.integers(1, 4)),
         max_in_flight=None if plans_ahead else draw(st.sampled_from([None, None, 1, 3, 5])),
         plans_ahead=plans_ahead,
         enable_prefix_cache=draw(st.booleans()),
@@ -172,7 +172,7 @@ def test_the_prefix_cache_changes_no_token(config: SchedulerConfig, seed: int) -
 @given(config=configs(), seed=st.integers(0, 2**32))
 @settings(max_examples=100, deadline=None)
 def test_planning_ahead_changes_no_token(config: SchedulerConfig, seed: int) -> None:
-    config = replace(config, num_stages=1, max_in_flight=None, max_num_waiting=100)
+    config = replace(config, max_in_flight=None, max_num_waiting=100)
     without, ahead = (
         run(replace(config, plans_ahead=plans_ahead), Random(seed), 12, 0.0).streams
         for plans_ahead in (False, True)

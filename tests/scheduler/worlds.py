@@ -11,8 +11,7 @@ _REJECT_MOSTLY = [OnMiss.REJECT] * 3 + [OnMiss.DEGRADE]
 
 def world(seed: int, *, plans_ahead: bool = False) -> tuple[Machine, list[Visit]]:
     """A pipe of one to three uneven stages, and who comes to it: sparse or crowded, with long or
-    short prompts and answers. The same crowd comes where steps are planned ahead, to the first of
-    the stages.
+    short prompts and answers. The same crowd comes where steps are planned ahead.
     """
     random = Random(seed)
     num_stages = random.choice([1, 1, 2, 3])
@@ -24,7 +23,7 @@ def world(seed: int, *, plans_ahead: bool = False) -> tuple[Machine, list[Visit]
     }
     max_in_flight = random.choice([None, None, num_stages + 1])
     if plans_ahead:
-        m = machine(stages[:1], plans_ahead=True, **limits)
+        m = machine(stages, plans_ahead=True, **limits)
     else:
         m = machine(stages, max_in_flight=max_in_flight, **limits)
     return m, _crowd(random)

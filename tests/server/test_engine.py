@@ -26,7 +26,12 @@ LAYOUTS = {
     "2x2": ParallelLayout(tp=2, stage_layers=(1, 2)),
     "3x1": ParallelLayout(tp=3, stage_layers=(3,)),
 }
-AHEAD = {"1x1-ahead": LAYOUTS["1x1"], "2x1-ahead": LAYOUTS["2x1"]}
+AHEAD = {
+    "1x1-ahead": LAYOUTS["1x1"],
+    "2x1-ahead": LAYOUTS["2x1"],
+    "2x2-ahead": LAYOUTS["2x2"],
+    "1x3-ahead": ParallelLayout(tp=1, stage_layers=(1, 1, 1)),
+}
 Requests = dict[str, tuple[list[int], SamplingParams]]
 
 
@@ -43,9 +48,9 @@ def engine(request: pytest.FixtureRequest, model: Path) -> Iterator[EngineConnec
         yield connection
 
 
-@pytest.fixture(scope="module", params=["1x2", "1x1-ahead"])
+@pytest.fixture(scope="module", params=["1x2", "1x1-ahead", "1x3-ahead"])
 def tight_engine(request: pytest.FixtureRequest, model: Path) -> Iterator[EngineConnection]:
-    """Two stages or a step ahead, and so little KV memory that requests throw each other out."""
+    """Stages or a step ahead, and so little KV memory that requests throw each other out."""
     layout, plans_ahead = (LAYOUTS | AHEAD)[request.param], request.param in AHEAD
     options = {"num_kv_blocks": 24, "block_size": 4, "plans_ahead": plans_ahead}
     with running_engine(model, layout, **options) as connection:
@@ -154,7 +159,7 @@ def test_what_can_never_fit_is_refused_with_the_limit(tight_engine: EngineConnec
     assert "97" in delta.error_message
 
 
-@pytest.mark.parametrize("layout", ["1x1", "2x1"])
+@pytest.mark.parametrize("layout", ["1x1", "2x1", "1x2", "2x2"])
 def test_planning_ahead_says_the_same_token_by_token(model: Path, layout: str) -> None:
     """With whatever looks at the tokens before, such as penalties, and whatever ends a request."""
     requests: Requests = {}

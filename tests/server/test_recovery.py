@@ -28,7 +28,12 @@ LAYOUTS = {
     "2x2": ParallelLayout(tp=2, stage_layers=(1, 2)),
     "1x3": ParallelLayout(tp=1, stage_layers=(1, 1, 1)),
 }
-AHEAD = {"1x1-ahead": ParallelLayout(tp=1, stage_layers=(3,)), "2x1-ahead": LAYOUTS["2x1"]}
+AHEAD = {
+    "1x1-ahead": ParallelLayout(tp=1, stage_layers=(3,)),
+    "2x1-ahead": LAYOUTS["2x1"],
+    "2x2-ahead": LAYOUTS["2x2"],
+    "1x3-ahead": LAYOUTS["1x3"],
+}
 Requests = dict[str, tuple[list[int], SamplingParams]]
 
 

@@ -227,15 +227,17 @@ def test_no_gpu(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         choose_device("cuda", 2)
 
 
-def test_steps_are_planned_ahead_as_asked_else_on_cuda_with_one_stage() -> None:
+def test_steps_are_planned_ahead_as_asked_else_where_it_pays() -> None:
     from shardline_server.engine_launch import choose_plans_ahead
     from shardline_server.settings import ServeSettings
 
     plain = ServeSettings(model="demo")
+    stages = ServeSettings(model="demo", pp=2)
     assert [choose_plans_ahead(plain, device) for device in ("cpu", "cuda")] == [False, True]
+    assert [choose_plans_ahead(stages, device) for device in ("cpu", "cuda")] == [True, False]
     assert choose_plans_ahead(ServeSettings(model="demo", async_scheduling=True), "cpu")
     assert not choose_plans_ahead(ServeSettings(model="demo", async_scheduling=False), "cuda")
-    assert not choose_plans_ahead(ServeSettings(model="demo", pp=2), "cuda")
+    assert not choose_plans_ahead(ServeSettings(model="demo", pp=2, max_in_flight=2), "cpu")
     assert not choose_plans_ahead(ServeSettings(model="demo", max_in_flight=1), "cuda")
 
 

@@ -78,8 +78,10 @@ def test_a_wrong_value_is_told_by_the_name_it_was_set_with(
         ({"port": 81, "grpc_port": 81}, "port and grpc_port are both 81"),
         ({"internal_host": "0.0.0.0"}, "internal_host 0.0.0.0 is not an address"),
         ({"iface": "lo", "internal_host": "127.0.0.1"}, "iface lo and internal_host 127.0.0.1"),
-        ({"async_scheduling": True, "pp": 2}, "async_scheduling is for one stage and pp is 2"),
-        ({"async_scheduling": True, "max_in_flight": 3}, "and max_in_flight is 3; give one"),
+        (
+            {"async_scheduling": True, "pp": 2, "max_in_flight": 2},
+            "async_scheduling has 3 steps in flight and max_in_flight is 2; give one",
+        ),
         ({"port": 65536}, "65536"),
         ({"kv_memory": "0"}, "greater than 0"),
     ],

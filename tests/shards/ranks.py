@@ -26,16 +26,24 @@ KINDS = ("mesh", "groups")
 
 
 def unformed(
-    store: Store, layout: ParallelLayout, rank: int, ledger: Ledger, kind: str = "mesh"
+    store: Store,
+    layout: ParallelLayout,
+    rank: int,
+    ledger: Ledger,
+    kind: str = "mesh",
+    *,
+    shares_drawn: bool = False,
 ) -> Communicators:
     """A rank's communicators, before it has met anybody."""
     place = layout.place(rank)
     if kind == "groups":
-        return GroupCommunicators(layout, place, ledger, HOST, CPU, backend="gloo")
+        return GroupCommunicators(
+            layout, place, ledger, HOST, CPU, backend="gloo", shares_drawn=shares_drawn
+        )
     if rank == 0:
         store.set("keys", msgspec.json.encode(LaunchKeys.create().client).decode())
     keys = msgspec.json.decode(store.get("keys"), type=ClientKeys)
-    return MeshCommunicators(layout, place, ledger, HOST, keys)
+    return MeshCommunicators(layout, place, ledger, HOST, keys, shares_drawn=shares_drawn)
 
 
 def meet(own: Communicators, store: Store, rank: int, generation: int = 0) -> None:

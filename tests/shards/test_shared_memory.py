@@ -16,6 +16,7 @@ from shardline_shards.communicators import Communicators
 from shardline_shards.errors import LostPeer
 from shardline_shards.layout import ParallelLayout
 from shardline_shards.ledger import Ledger
+from shardline_shards.node_memory import open_memory
 from tests.shards.ranks import RankPool, formed
 
 SLOT_BYTES = 1 << 22
@@ -91,7 +92,7 @@ def test_a_rank_that_leaves_ends_the_wait_of_others(ranks: RankPool) -> None:
 
 def join_and_die(ticket: Tensor) -> None:
     load_kernel()
-    torch.classes.shardline.SharedMemory(shared_memory._open(ticket), 1, 2)
+    torch.classes.shardline.SharedMemory(open_memory(ticket), 1, 2)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -109,11 +110,13 @@ def test_a_rank_that_dies_ends_the_wait_of_others() -> None:
 
 
 def falls_back(store: dist.Store, rank: int) -> tuple[str, list[float]]:
-    open_memory = shared_memory._open
+    open_memory = shared_memory.open_memory
     if rank == 1:
-        shared_memory._open = lambda ticket: -1  # as on another node, where the path is not there
+        shared_memory.open_memory = lambda ticket: (
+            -1
+        )  # as on another node, where the path is not there
     own, stage = form(store, rank, 2)
-    shared_memory._open = open_memory
+    shared_memory.open_memory = open_memory
     total = stage.all_reduce(torch.ones(2)).tolist()
     kind = type(stage._met()).__name__
     own.close()
@@ -127,7 +130,7 @@ def test_all_ranks_exchange_messages_where_one_cannot_share(ranks: RankPool) -> 
 def opens_with_another_token(store: dist.Store, rank: int) -> int:
     descriptor, ticket = shared_memory._create(2)
     ticket[-1] += 1
-    opened = shared_memory._open(ticket)
+    opened = open_memory(ticket)
     os.close(descriptor)
     return opened
 

@@ -106,7 +106,7 @@ def print_times(console: Console, config: EngineConfig, model: PipeModel) -> Non
     num_streams = scheduler.num_shares * NUM_DECODES
     token_s = max(
         scheduler.num_shares * model.expected_step_seconds(decodes),
-        model.trip_seconds(decodes) / scheduler.num_trips_at_once,
+        model.gap_seconds(model.trip_seconds(decodes), scheduler.num_trips_at_once),
     )
     console.print(
         f"Alone, the first token of {NUM_PROMPT_TOKENS} takes "

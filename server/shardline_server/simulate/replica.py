@@ -18,7 +18,7 @@ from shardline_scheduler import (
     SchedulerError,
     StepLoad,
 )
-from shardline_scheduler.plan import SampledToken, SamplingParams, StepPlan, StepResult
+from shardline_scheduler.plan import LAST_DRAWN, SampledToken, SamplingParams, StepPlan, StepResult
 from shardline_server.simulate.virtual_pipe import Noise, VirtualPipe
 
 _STOP, _WORD = 1, 0
@@ -88,6 +88,7 @@ class Replica:
         self._visits: dict[int, Visit] = {}
         self._by_index: dict[int, int] = {}
         self._in_flight: deque[_InFlight] = deque()
+        self._drawn_at: dict[int, float] = {}
 
     @property
     def next_time(self) -> float:
@@ -129,7 +130,7 @@ class Replica:
         load = StepLoad(0, num_decodes, num_decodes * len(visit.prompt), 0)
         token_s = max(
             config.num_shares * model.expected_step_seconds(load),
-            model.expected_trip_seconds(load) / config.num_trips_at_once,
+            model.gap_seconds(model.expected_trip_seconds(load), config.num_trips_at_once),
         )
         num_tokens = self.num_waiting_tokens + len(visit.prompt)
         prefill_s = model.expected_prefill_seconds(num_tokens, 0)
@@ -144,13 +145,15 @@ class Replica:
 
     def _plan(self, now: float) -> None:
         while (plan := self.scheduler.plan(now)) is not None:
-            ended_at = self.pipe.submit(plan.step_id, self._load_of(plan), now)
+            load, drawn_at = self._load_of(plan), self._drawn_by(plan)
+            ended_at = self.pipe.submit(plan.step_id, load, now, drawn_at)
+            self._drawn_at |= {part.request_index: ended_at for part in plan.scheduled}
             self._in_flight.append(_InFlight(plan, ended_at, self.pipe.heard_at(ended_at)))
         self.pipe.accounting.settled(self.scheduler.has_work, now)
 
     def _load_of(self, plan: StepPlan) -> StepLoad:
         for index in plan.released:
-            del self._by_index[index]
+            del self._by_index[index], self._drawn_at[index]
         for new in plan.new_requests:
             self._by_index[new.request_index] = new.sampling.seed
         load = StepLoad()
@@ -158,6 +161,11 @@ class Replica:
             load.add(part.num_scheduled_tokens, part.num_computed_tokens)
         self.num_computed_tokens += load.num_tokens
         return load
+
+    def _drawn_by(self, plan: StepPlan) -> float:
+        """When the last of the tokens is drawn that it reads, and the scheduler does not know."""
+        open_ = [p.request_index for p in plan.scheduled if LAST_DRAWN in p.token_ids]
+        return max((self._drawn_at[index] for index in open_), default=0.0)
 
     def _commit(self, done: _InFlight, now: float) -> None:
         self.pipe.accounting.heard(self.num_stages - 1, done.ended_at, now)

@@ -24,11 +24,14 @@ class VirtualPipe:
         self._free_at = [start] * num_stages
         self.accounting = PipeAccounting(num_stages, start)
 
-    def submit(self, step_id: int, load: StepLoad, now: float) -> float:
-        """Send a step on its way; returns when the last stage is done with it."""
+    def submit(self, step_id: int, load: StepLoad, now: float, drawn_at: float = 0.0) -> float:
+        """Send a step on its way; returns when the last stage is done with it. What it reads is all
+        drawn at `drawn_at`.
+        """
         self.accounting.submitted(step_id, now)
         free_at, hop_s, noise = self._free_at, self._hop_s, self._noise
-        planned_at = sent_at = now + hop_s
+        planned_at = now + hop_s
+        sent_at = max(planned_at, drawn_at + hop_s)
         for index, seconds in enumerate(self._times(load)):
             starts_at = max(free_at[index], planned_at)
             received_at = max(starts_at, sent_at)

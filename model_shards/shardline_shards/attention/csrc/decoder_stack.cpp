@@ -7,6 +7,7 @@
 #include "decoder_step.h"
 #include "pack.h"
 #include "shared_memory.h"
+#include "shared_pipe.h"
 
 namespace {
 
@@ -365,6 +366,12 @@ TORCH_LIBRARY_FRAGMENT(shardline, library) {
           "all_reduce",
           static_cast<Tensor (SharedMemory::*)(const Tensor&)>(&SharedMemory::all_reduce))
       .def("gather", &SharedMemory::gather);
+  library.class_<SharedPipe>("SharedPipe")
+      .def(torch::init<int64_t, int64_t, bool>())
+      .def_static("num_bytes", &SharedPipe::num_bytes)
+      .def("leave", &SharedPipe::leave)
+      .def("send", &SharedPipe::send)
+      .def("receive", &SharedPipe::receive);
   library.class_<DecoderStack>("DecoderStack")
       .def(torch::init<int64_t, int64_t, int64_t, int64_t, double, at::ScalarType>())
       .def("add_layer", &DecoderStack::add_layer)

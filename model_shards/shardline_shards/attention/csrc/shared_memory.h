@@ -25,14 +25,34 @@ using at::Tensor;
 
 constexpr int64_t kSlotBytes = 1 << 22;
 constexpr int64_t kLineBytes = 64;
+constexpr int64_t kHeaderBytes = kLineBytes;  // by which memory is known again
 constexpr auto kPatience = std::chrono::minutes(5);
 
+// How far a process has come, where others who map the same memory can see it.
 struct alignas(kLineBytes) RankState {
-  Signal round;  // of the last slot that is filled
+  Signal round;
   std::atomic<int32_t> process_id{0};
   std::atomic<int32_t> has_left{0};
+
+  // Waits until it is no longer at `seen`, which it returns; throws where that will never be.
+  template <typename... Name>
+  void await_change(uint32_t seen, const Name&... name) {
+    const auto give_up = std::chrono::steady_clock::now() + kPatience;
+    while (!round.wait_while(seen)) {
+      const bool is_gone = kill(process_id.load(), 0) != 0 && errno == ESRCH;
+      TORCH_CHECK(
+          !is_gone && has_left.load() == 0 && std::chrono::steady_clock::now() < give_up,
+          name..., " does not answer");
+    }
+  }
 };
 static_assert(std::atomic<uint32_t>::is_always_lock_free);
+
+inline char* map_shared(int64_t descriptor, int64_t num_bytes) {
+  void* base = mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, 0);
+  TORCH_CHECK(base != MAP_FAILED, "shared memory cannot be mapped: ", std::strerror(errno));
+  return static_cast<char*>(base);
+}
 
 class SharedMemory : public torch::CustomClassHolder {
  public:
@@ -41,11 +61,8 @@ class SharedMemory : public torch::CustomClassHolder {
   }
 
   // Maps what `descriptor` stands for: `num_bytes(size)` bytes, zero but for the first kHeaderBytes.
-  SharedMemory(int64_t descriptor, int64_t rank, int64_t size) : rank_(rank), size_(size) {
-    void* base =
-        mmap(nullptr, num_bytes(size), PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, 0);
-    TORCH_CHECK(base != MAP_FAILED, "shared memory cannot be mapped: ", std::strerror(errno));
-    base_ = static_cast<char*>(base);
+  SharedMemory(int64_t descriptor, int64_t rank, int64_t size)
+      : rank_(rank), size_(size), base_(map_shared(descriptor, num_bytes(size))) {
     state(rank).process_id.store(getpid());
   }
   ~SharedMemory() override { munmap(base_, num_bytes(size_)); }
@@ -91,8 +108,6 @@ class SharedMemory : public torch::CustomClassHolder {
   }
 
  private:
-  static constexpr int64_t kHeaderBytes = kLineBytes;
-
   RankState& state(int64_t rank) {
     return reinterpret_cast<RankState*>(base_ + kHeaderBytes)[rank];
   }
@@ -115,18 +130,11 @@ class SharedMemory : public torch::CustomClassHolder {
   }
 
   void wait_for(RankState& other, int64_t rank) {
-    const auto give_up = std::chrono::steady_clock::now() + kPatience;
     // The other may be a round ahead, never behind for good.
     for (uint32_t seen = other.round.value.load(std::memory_order_acquire);
          static_cast<int32_t>(seen - round_) < 0;
          seen = other.round.value.load(std::memory_order_acquire)) {
-      if (other.round.wait_while(seen)) {
-        continue;
-      }
-      const bool is_gone = kill(other.process_id.load(), 0) != 0 && errno == ESRCH;
-      TORCH_CHECK(
-          !is_gone && other.has_left.load() == 0 && std::chrono::steady_clock::now() < give_up,
-          "tp rank ", rank, " does not answer");
+      other.await_change(seen, "tp rank ", rank);
     }
   }
 
