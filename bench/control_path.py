@@ -2,11 +2,11 @@
 
     python bench/control_path.py demo [--layout 1x1] [--streams 32]
 
-Starts `shardline serve` without a spare worker, whose start takes a core for seconds, sends streams
-that start together, and looks at the server for some seconds in which all of them decode: how many
-steps there were and what each stage's time went to (`/load`), and the processor time of every
-process. What the worker does in a step around the forward pass is measured apart, in this process:
-`/load` counts it as computing.
+Options that it does not know go to the server. Starts `shardline serve` without a spare worker,
+whose start takes a core for seconds, sends streams that start together, and looks at the server for
+some seconds in which all of them decode: how many steps there were and what each stage's time went
+to (`/load`), and the processor time of every process. What the worker does in a step around the
+forward pass is measured apart, in this process: `/load` counts it as computing.
 """
 
 import argparse
