@@ -29,7 +29,8 @@ class Communicators(ABC):
     """All ways to others are made at once, none later, and anew in every generation.
 
     `drawn` is the way of tokens from the rank that draws them to rank 0 of the first stage, if that
-    is another one and `shares_drawn`; both have it. `link_bytes` is the most that a step hands on.
+    is another one and `shares_drawn`; both have it. `link_bytes` is the most that a step hands on,
+    and `max_in_flight` how many steps there can be at once.
     """
 
     previous: StageLink | None = None
@@ -43,6 +44,7 @@ class Communicators(ABC):
         self.layout = layout
         self.place = place
         self.ledger = ledger
+        self.max_in_flight = layout.pp + 1
         self._shares_drawn = shares_drawn and layout.pp > 1
         self._stage = StageCollectives(place.tp_rank, layout.tp, ledger) if layout.tp > 1 else None
 
@@ -76,6 +78,11 @@ class Communicators(ABC):
     def _ends_of_drawn(self) -> list[Place]:
         """Who draws tokens and who needs them, if they are shared: the same on all ranks."""
         return [Place(self.layout.pp - 1, 0), Place(0, 0)] if self._shares_drawn else []
+
+    def _across(self) -> Place | None:
+        """The other end of the way of drawn tokens, on its ends."""
+        ends = self._ends_of_drawn()
+        return ends[1 - ends.index(self.place)] if self.place in ends else None
 
     @property
     def num_dropped(self) -> int:

@@ -61,11 +61,12 @@ class MeshCommunicators(Communicators):
         before, after, across = self._neighbour(-1), self._neighbour(+1), self._across()
         draws = self.layout.is_last(self.place)
         # One more than can be in flight, so that nobody waits to send.
-        to = {} if after is None else {after: [self.link_bytes] * (self.layout.pp + 2)}
+        to = {} if after is None else {after: [self.link_bytes] * (self.max_in_flight + 1)}
         sources = [] if before is None else [before]
-        if across is not None:
-            to |= {across: []} if draws else {}
-            sources += [] if draws else [across]
+        if across is not None and draws:
+            to[across] = []
+        elif across is not None:
+            sources.append(across)
         outgoing, incoming = share_pipes(mesh, to, sources)
         if before is not None:
             self.previous = MeshLink(mesh, before, incoming.get(before), self.ledger)
@@ -116,11 +117,6 @@ class MeshCommunicators(Communicators):
         others = [self._neighbour(-1), self._neighbour(+1), *self._own_stage(), self._across()]
         known = dict.fromkeys(place for place in others if place is not None)
         return [place for place in known if place != self.place]
-
-    def _across(self) -> Place | None:
-        """The other end of the way of drawn tokens, on its ends."""
-        ends = self._ends_of_drawn()
-        return next(place for place in ends if place != self.place) if self.place in ends else None
 
     def _neighbour(self, distance: int) -> Place | None:
         stage_index = self.place.stage_index + distance

@@ -44,6 +44,7 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     max_kv_blocks: int
     max_model_len: int
     max_num_batched_tokens: int
+    max_in_flight: int
     max_graph_size: int
     plans_ahead: bool
     log_level: str

@@ -135,9 +135,8 @@ class GroupCommunicators(Communicators):
         if not ends:
             return
         group = _new_group([self.layout.rank(place) for place in ends])
-        if self.place in ends:
-            (other,) = (place for place in ends if place != self.place)
-            self.drawn = self._link(group, other, is_shared=False)
+        if (across := self._across()) is not None:
+            self.drawn = self._link(group, across, is_shared=False)
 
     def _link(
         self, group: dist.ProcessGroup, peer: Place, *, is_shared: bool = True

@@ -168,6 +168,7 @@ class Worker:
             self.stage = Stage(stage_model, self.device)
         row_bytes = self.stage.hidden_size * dtype.itemsize
         self.communicators.link_bytes = config.max_num_batched_tokens * row_bytes
+        self.communicators.max_in_flight = config.max_in_flight
         self.ledger.rest()
         self._offer_memory(report)
 

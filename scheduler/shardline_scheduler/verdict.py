@@ -28,13 +28,9 @@ class Ahead:
         """Until steps of `step_s` follow each other as in a pipe that has always done so. The first
         of them has to wait for the oldest of `max_in_flight` in flight, the next one for the next.
         """
-        waits = [back_s - i * step_s for i, back_s in enumerate(self._backs_s(max_in_flight))]
-        return max(self.next_s, *waits)
-
-    def _backs_s(self, max_in_flight: int) -> list[float]:
-        """Of the last steps, oldest first; nothing for those that are back."""
-        before_s = self.before_s[: max_in_flight - 1]
-        return [0.0] * (max_in_flight - 1 - len(before_s)) + [*reversed(before_s), self.back_s]
+        backs_s = (self.back_s, *self.before_s)[:max_in_flight]
+        last = max_in_flight - 1
+        return max(self.next_s, *(s - (last - i) * step_s for i, s in enumerate(backs_s)))
 
 
 class KeptFor(Enum):

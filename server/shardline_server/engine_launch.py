@@ -122,10 +122,12 @@ def choose_block_size(wanted: int | None, device: str) -> int:
 
 
 def choose_plans_ahead(settings: ServeSettings, device: str) -> bool:
-    """As asked; else where it was measured to be worth it, or others have measured that."""
+    """As asked; else with several stages on CPUs, where it was measured, or with one on CUDA."""
     if settings.async_scheduling is not None:
         return settings.async_scheduling
-    return (settings.pp > 1) == (device == "cpu") and settings.max_in_flight is None
+    has_several = settings.pp > 1
+    pays = has_several if device == "cpu" else not has_several
+    return pays and settings.max_in_flight is None
 
 
 def choose_device(wanted: str, num_workers: int) -> str:

@@ -229,6 +229,7 @@ class WorkerGroup:
             max_kv_blocks=config.max_kv_blocks,
             max_model_len=config.max_model_len,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            max_in_flight=config.scheduler_config(1).in_flight_limit,
             max_graph_size=config.max_num_seqs if config.has_cuda_graphs else 0,
             plans_ahead=config.plans_ahead,
             log_level=config.log_level,

@@ -34,7 +34,7 @@ struct alignas(kLineBytes) RankState {
   std::atomic<int32_t> process_id{0};
   std::atomic<int32_t> has_left{0};
 
-  // Waits until it is no longer at `seen`, which it returns; throws where that will never be.
+  // Waits until it is no longer at `seen`; throws, with its name, where that will never be.
   template <typename... Name>
   void await_change(uint32_t seen, const Name&... name) {
     const auto give_up = std::chrono::steady_clock::now() + kPatience;

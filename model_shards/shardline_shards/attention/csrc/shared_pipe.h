@@ -20,10 +20,9 @@ class SharedPipe : public torch::CustomClassHolder {
 
   // Maps what `descriptor` stands for: `num_bytes(capacity)` bytes, zero but for the first ones.
   SharedPipe(int64_t descriptor, int64_t capacity, bool sends)
-      : capacity_(capacity), sends_(sends), base_(map_shared(descriptor, num_bytes(capacity))) {
-    TORCH_CHECK(
-        capacity > 0 && capacity <= (int64_t{1} << 31) && !(capacity & (capacity - 1)),
-        "a pipe holds a power of two bytes up to 2^31, not ", capacity);
+      : capacity_(checked(capacity)),
+        sends_(sends),
+        base_(map_shared(descriptor, num_bytes(capacity))) {
     own().process_id.store(getpid());
   }
   ~SharedPipe() override { munmap(base_, num_bytes(capacity_)); }
@@ -52,6 +51,13 @@ class SharedPipe : public torch::CustomClassHolder {
   }
 
  private:
+  static int64_t checked(int64_t capacity) {
+    TORCH_CHECK(
+        capacity > 0 && capacity <= (int64_t{1} << 31) && !(capacity & (capacity - 1)),
+        "a pipe holds a power of two bytes up to 2^31, not ", capacity);
+    return capacity;
+  }
+
   RankState& state(bool sends) {
     return reinterpret_cast<RankState*>(base_ + kHeaderBytes)[sends ? 0 : 1];
   }
