@@ -21,13 +21,14 @@ from shardline_shards.partition import LayerTimes
 class WorkerConfig(Struct, frozen=True, kw_only=True):
     """All that one worker is told when it starts; sent as JSON on its standard input.
 
-    `engine` is where the engine listens to it. `host` is this worker's own address, where its
-    tensors are received. `kv_memory_bytes` is the most that KV memory may take on this worker
-    (None: its part of what is free), `max_kv_blocks` the most that the engine has use for. On a
-    GPU, decodes of up to `max_graph_size` requests are recorded as CUDA graphs (0: none). Where it
-    `plans_ahead`, stages tell each other what was drawn. The last three are set by whoever starts
-    the process; `cpu_ids` pins its `num_threads` threads (empty: not pinned). `generation` is the
-    one that it starts in: 0, and one more for every time that ranks were lost.
+    `engine` is where the engine listens to it, `wire` the descriptor of a wire to it, inherited by
+    a process that it has started itself (None: on another node). `host` is this worker's own
+    address, where its tensors are received. `kv_memory_bytes` is the most that KV memory may take
+    on this worker (None: its part of what is free), `max_kv_blocks` the most that the engine has
+    use for. On a GPU, decodes of up to `max_graph_size` requests are recorded as CUDA graphs (0:
+    none). Where it `plans_ahead`, stages tell each other what was drawn. The last four are set by
+    whoever starts the process; `cpu_ids` pins its `num_threads` threads (empty: not pinned).
+    `generation` is the one that it starts in: 0, and one more for every time that ranks were lost.
     """
 
     engine: Endpoint
@@ -52,6 +53,7 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     free_memory_share: float = 0.0
     num_threads: int = 1
     cpu_ids: tuple[int, ...] = ()
+    wire: int | None = None
 
 
 class ProfileConfig(Struct, frozen=True, kw_only=True):

@@ -44,7 +44,6 @@ from shardline_shards.messages import (
     Stop,
     ToWorker,
     WorkerConfig,
-    worker_name,
 )
 from shardline_shards.nccl import GroupCommunicators
 from shardline_shards.process import pin_to
@@ -66,7 +65,7 @@ class Worker:
         self.rank = config.layout.rank(config.place)
         self.device = _device(config)
         self.generation = config.generation
-        self.channel = EngineChannel(config.engine, worker_name(self.rank, config.generation))
+        self.channel = EngineChannel(config)
         self.communicators = _communicators(config, self.device, ledger)
         self.requests = RequestTable()
         self.timer = StepTimer(config.place.stage_index)

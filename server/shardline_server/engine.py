@@ -115,7 +115,8 @@ class Engine:
         self.is_serving = True
         self._poller = zmq.Poller()
         self._poller.register(self.frontends.socket, zmq.POLLIN)
-        self._poller.register(self.workers.socket, zmq.POLLIN)
+        for source in self.workers.sources:
+            self._poller.register(source, zmq.POLLIN)
         self._poller.register(self._exits.fileno(), zmq.POLLIN)
         calm_garbage_collector()
 

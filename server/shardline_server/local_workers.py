@@ -14,9 +14,11 @@ from shardline_server.child import (
     prepare_child_process,
     stop_child_processes,
 )
+from shardline_server.wires import Wires
 from shardline_shards.layout import Place, deal
 from shardline_shards.ledger import Entry, Ledger
-from shardline_shards.messages import WorkerConfig
+from shardline_shards.messages import FromWorker, WorkerConfig, worker_name
+from shardline_shards.wire import Wire, wire_pair
 
 _STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 _CPU_MEMORY_SHARE = 0.5
@@ -61,18 +63,37 @@ class WorkerState(Struct, frozen=True):
 
 
 class _WorkerProcess:
-    """A child with a ledger; until it is configured it takes no place."""
+    """A child with a ledger and a wire to us; until it is configured it takes no place.
+
+    `wire` is None once taken; `wire_descriptor` is what its other end is called in the child.
+    """
 
     def __init__(self, num_threads: int, *, is_spare: bool = False) -> None:
         self.ledger = Ledger.create()
+        wire, theirs = wire_pair()
+        self.wire: Wire | None = wire
+        self.wire_descriptor = theirs.fileno()
         self.process = prepare_child_process(
             "shardline_shards.worker_process",
             str(os.getpid()),
             str(self.ledger.descriptor),
             *["spare"] * is_spare,
             environment=thread_environment(num_threads),
-            descriptors=(self.ledger.descriptor,),
+            descriptors=(self.ledger.descriptor, self.wire_descriptor),
         )
+        theirs.close()
+
+    def take_wire(self) -> Wire:
+        """Our end, which from now on is closed by whoever takes it."""
+        assert self.wire is not None
+        wire, self.wire = self.wire, None
+        return wire
+
+    def close(self) -> None:
+        """Leave a process that has ended."""
+        self.ledger.close()
+        if self.wire is not None:
+            self.wire.close()
 
     @property
     def is_alive(self) -> bool:
@@ -90,9 +111,13 @@ def free_memory_share(device: str, num_workers: int) -> float:
 
 
 class LocalWorkers:
-    """Processes by place; all of them children of this process."""
+    """Processes by place; all of them children of this process.
 
-    def __init__(self) -> None:
+    If this is the engine's own process, it speaks to them over `wires`.
+    """
+
+    def __init__(self, wires: Wires[FromWorker] | None = None) -> None:
+        self._wires = wires
         self._workers: dict[Place, _WorkerProcess] = {}
         self._configs: dict[Place, WorkerConfig] = {}
         self._spare: _WorkerProcess | None = None
@@ -190,6 +215,10 @@ class LocalWorkers:
 
     def _start(self, config: WorkerConfig) -> None:
         worker = self._take_spare() or _WorkerProcess(config.num_threads)
+        if self._wires is not None:
+            name = worker_name(config.layout.rank(config.place), config.generation)
+            self._wires.add(name, worker.take_wire())
+            config = msgspec.structs.replace(config, wire=worker.wire_descriptor)
         configure_child_process(worker.process, config)
         self._workers[config.place] = worker
 
@@ -212,7 +241,7 @@ class LocalWorkers:
 def _end(workers: Sequence[_WorkerProcess]) -> None:
     stop_child_processes([worker.process for worker in workers])
     for worker in workers:
-        worker.ledger.close()
+        worker.close()
 
 
 def thread_environment(num_threads: int) -> dict[str, str]:

@@ -204,7 +204,7 @@ class Sweep:
     def _messages(self, is_wanted: Callable[[], bool]) -> Iterator[StepResult | StageReport]:
         """What workers say, as long as it is wanted; their timings are kept."""
         while is_wanted():
-            if not self._workers.socket.poll(_CHECK_INTERVAL_MS):
+            if not self._workers.poll(_CHECK_INTERVAL_MS):
                 self._check_workers()
                 continue
             for message in self._workers.results():

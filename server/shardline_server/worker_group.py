@@ -4,8 +4,10 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import msgspec
+import zmq
 
 from shardline_scheduler.plan import StepPlan, StepResult
 from shardline_server.engine_config import EngineConfig
@@ -14,6 +16,7 @@ from shardline_server.forming_watch import FormingWatch
 from shardline_server.head import Head
 from shardline_server.local_workers import Death
 from shardline_server.step_watch import StepWatch, find_divergence, find_stuck
+from shardline_server.wires import Wires
 from shardline_server.worker_placement import place_alone
 from shardline_server.workforce import Workforce
 from shardline_shards.gate import Gate, Listener
@@ -67,7 +70,7 @@ class WorkerLost(WorkerFailed):
 
 
 class WorkerGroup:
-    """All workers of one engine, on one control socket.
+    """All workers of one engine: this node's each on a wire, those of other nodes on one socket.
 
     The group has a generation number, one more for every time that workers were lost and the rest
     was re-formed with new ones. Messages from before that are dropped.
@@ -77,9 +80,11 @@ class WorkerGroup:
         self.config = config
         self.generation = 0
         self._listener = Listener(gate, config.host, decode_from_worker)
-        self.socket = self._listener.socket
+        self._wires = Wires(decode_from_worker)
+        self.sources: list[Any] = [self._wires.fileno(), self._listener.socket]
         self._head = None if config.nodes is None else Head(config, config.nodes, gate)
-        self._workforce = Workforce(None if self._head is None else self._head.watch)
+        watch = None if self._head is None else self._head.watch
+        self._workforce = Workforce(watch, self._wires)
         self._ranks = range(config.layout.world_size)
         self._names = [worker_name(rank, 0) for rank in self._ranks]
         self._loaded: dict[int, Loaded] = {}
@@ -90,6 +95,7 @@ class WorkerGroup:
         self._forming = FormingWatch((), time.monotonic(), steps_s=0.0)
         self._steps = StepWatch()
         self._dropped_by_workers: Counter[str] = Counter(worker=0, tensor=0)
+        self._num_impostures = 0
 
     def start(self) -> int:
         """Start every worker and wait until all are ready; returns the number of KV blocks.
@@ -129,9 +135,14 @@ class WorkerGroup:
         self._steps.submit(plan, time.monotonic())
         self._send_all(plan)
 
+    def poll(self, timeout_ms: int) -> bool:
+        """Wait so long at most until a worker has said something; whether one has."""
+        ready, _, _ = zmq.select(self.sources, [], [], timeout_ms / 1000)
+        return bool(ready)
+
     def results(self) -> Iterator[StepResult | StageReport]:
         """What has arrived; raises WorkerLost if a worker says that it fails."""
-        while (received := self._listener.receive()) is not None:
+        while (received := self._receive()) is not None:
             message = self._accept(*received)
             if isinstance(message, StepResult | StageReport) and self._is_current(message):
                 if isinstance(message, StepResult):
@@ -171,7 +182,8 @@ class WorkerGroup:
     def num_dropped(self) -> dict[str, int]:
         """What either side of a channel has dropped since the start, by channel."""
         drops = dict(self._dropped_by_workers)
-        drops["worker"] += self._listener.num_dropped
+        drops["worker"] += self._listener.num_dropped + self._wires.num_dropped
+        drops["worker"] += self._num_impostures
         if self._head is not None:
             drops |= self._head.num_dropped()
         return drops
@@ -196,6 +208,7 @@ class WorkerGroup:
         self._close()
 
     def _close(self) -> None:
+        self._wires.close()
         self._listener.close(linger_ms=0)
         if self._head is not None:
             self._head.close()
@@ -238,8 +251,8 @@ class WorkerGroup:
     def _bring_together(self) -> None:
         """Until all workers are ready; each goes through its messages as fast as it can."""
         while len(self._ready) < len(self._ranks):
-            self.socket.poll(_CHECK_INTERVAL_MS)
-            if (received := self._listener.receive()) is not None:
+            self.poll(_CHECK_INTERVAL_MS)
+            if (received := self._receive()) is not None:
                 self._go_on_with(self._accept(*received))
             self.check()
             self.check_forming()
@@ -309,7 +322,7 @@ class WorkerGroup:
     def _arrive(self, step_id: int) -> None:
         """A result has come: the step before it is done everywhere, and was the same everywhere."""
         self._steps.arrive(step_id, time.monotonic())
-        if odd := find_divergence(self._workforce.ledgers, step_id - 1):
+        if len(self._ranks) > 1 and (odd := find_divergence(self._workforce.ledgers, step_id - 1)):
             raise _diverged(odd)
 
     def _loss(self, deaths: Sequence[Death]) -> WorkerLost:
@@ -359,15 +372,29 @@ class WorkerGroup:
 
     def _raise_last_words(self) -> None:
         """A worker that fails says so before it ends; prefer its reason to its exit status."""
-        while (received := self._listener.receive()) is not None:
+        while (received := self._receive()) is not None:
             self._accept(*received)
 
+    def _receive(self) -> tuple[bytes, FromWorker] | None:
+        """The next message. Who is on a wire says nothing on the socket: that is somebody else."""
+        if (received := self._wires.receive()) is not None:
+            return received
+        while (received := self._listener.receive()) is not None:
+            if received[0] not in self._wires:
+                return received
+            self._num_impostures += 1
+        return None
+
     def _send(self, rank: int, message: ToWorker) -> None:
-        self._listener.send(self._names[rank], encode(message))
+        self._send_to(self._names[rank], encode(message))
 
     def _send_all(self, message: ToWorker) -> None:
         payload = encode(message)
         for name in self._names:
+            self._send_to(name, payload)
+
+    def _send_to(self, name: bytes, payload: bytes) -> None:
+        if not self._wires.send(name, payload):
             self._listener.send(name, payload)
 
 

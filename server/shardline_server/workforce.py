@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from shardline_server.local_workers import Death, LocalWorkers
 from shardline_server.node_watch import NodeWatch
 from shardline_server.step_watch import Remembers, find_divergence
+from shardline_server.wires import Wires
 from shardline_shards.layout import Place
 from shardline_shards.ledger import Entry, Ledger
+from shardline_shards.messages import FromWorker
 
 
 class Workforce:
@@ -14,8 +16,8 @@ class Workforce:
     of their deaths at once.
     """
 
-    def __init__(self, watch: NodeWatch | None) -> None:
-        self.local = LocalWorkers()
+    def __init__(self, watch: NodeWatch | None, wires: Wires[FromWorker]) -> None:
+        self.local = LocalWorkers(wires)
         self._watch = watch
         self._last_compared = -1
 

@@ -25,11 +25,13 @@ from shardline_server.local_workers import WorkerState
 from shardline_server.messages import Hello, ToEngine
 from shardline_server.node_watch import Beat, HeadWatch, NodeWatch
 from shardline_server.rendezvous import Assignment, Job, NoteBoard
+from shardline_server.wires import Wires
 from shardline_server.workforce import Workforce
 from shardline_shards.channel import Endpoint
 from shardline_shards.gate import Gate, LaunchKeys, Listener
 from shardline_shards.layout import Place
 from shardline_shards.ledger import Ledger, Operation
+from shardline_shards.messages import decode_from_worker
 
 HELLO = msgspec.msgpack.encode(Hello())
 NODE = "1 (there, 127.0.0.1)"
@@ -187,7 +189,7 @@ def test_a_worker_of_another_node_that_does_something_else_is_named(
     head = NodeWatch(gate, "127.0.0.1")
     head.expect([NODE])
     node = HeadWatch(head.endpoint, NODE)
-    workforce = Workforce(head)
+    workforce = Workforce(head, Wires(decode_from_worker))
     ledgers = [Ledger.create() for _ in range(3)]
 
     def tell() -> dict[Place, str]:

@@ -26,6 +26,7 @@ from shardline_server.rendezvous import derive_keys
 from shardline_server.worker_group import WorkerGroup
 from shardline_shards.gate import Gate
 from shardline_shards.layout import ParallelLayout
+from shardline_shards.messages import Failed, encode
 
 ASKED = {"prompt": [5, 6, 7], "max_tokens": 8, "temperature": 0, "return_token_ids": True}
 NUM_PROCESSES = 5  # engine and four workers
@@ -127,7 +128,20 @@ def test_what_peers_send_that_is_no_message_is_counted_and_changes_nothing(
             for name in (b"\xff", b"another", b"0.0"):  # the last is a worker's already
                 peer = dealer(f"tcp://{host}:{port}", engine._keys, name)
                 peers.enter_context(peer).send(b"\xc1 no message")
-        wanted = {"frontend": dropped["frontend"] + 3, "worker": dropped["worker"] + 2}
+        wanted = {"frontend": dropped["frontend"] + 3, "worker": dropped["worker"] + 3}
+        wait_for_drops(running, dropped | wanted)
+        assert generate(running) == before
+
+
+def test_who_speaks_in_the_name_of_a_worker_on_a_wire_is_not_listened_to(
+    engine: EngineProcess, running: RunningFrontend
+) -> None:
+    before, dropped = generate(running), drops(running)
+    with ExitStack() as peers:
+        for host, port in listening(processes_of(engine)[0]):
+            peer = dealer(f"tcp://{host}:{port}", engine._keys, b"0.0")
+            peers.enter_context(peer).send(encode(Failed(0, 0, "not true", True)))
+        wanted = {"frontend": dropped["frontend"] + 1, "worker": dropped["worker"] + 1}
         wait_for_drops(running, dropped | wanted)
         assert generate(running) == before
 
@@ -187,11 +201,11 @@ def test_a_worker_drops_what_it_cannot_read_and_the_engine_counts_it(
     group = WorkerGroup(config, gate)
     group.start()
     try:
-        group._listener.send(group._names[0], b"\xc1")
+        group._send_to(group._names[0], b"\xc1")
         group.submit(plan_of(0, token_id=5))
         results: list[object] = []
         while not results:
-            assert group.socket.poll(30_000)
+            assert group.poll(30_000)
             results += group.results()
         assert isinstance(results[0], StepResult)
         assert group.num_dropped() == {"worker": 1, "tensor": 0}

@@ -61,7 +61,7 @@ def collect(workers: WorkerGroup) -> tuple[dict[int, list[StageTiming]], list[St
     timings: dict[int, list[StageTiming]] = defaultdict(list)
     reports = []
     while {stage: len(of_stage) for stage, of_stage in timings.items()} != {0: 5, 1: 5}:
-        assert workers.socket.poll(TIMEOUT_MS), f"only {dict(timings)} have come"
+        assert workers.poll(TIMEOUT_MS), f"only {dict(timings)} have come"
         for message in workers.results():
             if isinstance(message, StageReport):
                 reports.append(message)

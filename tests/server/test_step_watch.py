@@ -111,7 +111,7 @@ def test_a_rank_that_diverges_is_named_by_the_next_result(tmp_path: Path) -> Non
         group.submit(plan_of(3, token_id=5))
         reason = "stage 1, tp rank 0 was given another plan of step 2"
         with pytest.raises(WorkerLost, match=reason):
-            while group.socket.poll(30_000):
+            while group.poll(30_000):
                 list(group.results())
     finally:
         group.kill()
@@ -135,7 +135,7 @@ def test_shards_that_sum_inside_the_kernel_and_diverge_are_named(
         group._send(1, plan_of(2, token_id=6, num_tokens=num_tokens))
         group.submit(plan_of(3, token_id=5))
         with pytest.raises(WorkerLost, match="another plan of step 2") as lost:
-            while group.socket.poll(30_000):
+            while group.poll(30_000):
                 list(group.results())
         assert lost.value.places == (Place(0, 0), Place(0, 1))
     finally:
