@@ -194,6 +194,8 @@ class EngineClient:
         self._send(Hello())
 
     def _disconnect(self) -> None:
+        if self._socket.closed:
+            return
         asyncio.get_running_loop().remove_reader(self._socket.fileno())
         self._socket.close()
 
