@@ -8,7 +8,6 @@ processes have gone to sleep meanwhile, as between steps.
 """
 
 import argparse
-import select
 import socket as sockets
 import subprocess
 import sys
@@ -45,14 +44,8 @@ def answer(endpoint: Endpoint, is_encrypted: bool) -> None:
 def answer_wire(descriptor: int) -> None:
     """The same at the other end of a wire."""
     wire = Wire(sockets.socket(fileno=descriptor))
-    while payload := wait_received(wire):
+    while payload := wire.wait_received():
         wire.send(payload[:100])
-
-
-def wait_received(wire: Wire) -> bytes:
-    while (payload := wire.receive()) is None:
-        select.select([wire], [], [])
-    return payload
 
 
 def wire_round_trips(pause_s: float) -> list[float]:
@@ -63,7 +56,7 @@ def wire_round_trips(pause_s: float) -> list[float]:
     def there_and_back(payload: bytes) -> None:
         ours.send(payload)
         ours.wait_sent()
-        wait_received(ours)
+        ours.wait_received()
 
     with subprocess.Popen(command, pass_fds=[theirs.fileno()]):
         theirs.close()

@@ -84,9 +84,7 @@ class _WireLine:
         self._wire.wait_sent()
 
     def receive(self) -> Sequence[bytes]:
-        while (message := self._wire.receive()) is None:
-            zmq.select([self.source], [], [])
-        return [message]
+        return [self._wire.wait_received()]
 
     def close(self) -> None:
         self._wire.close()

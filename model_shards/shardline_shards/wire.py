@@ -72,6 +72,12 @@ class Wire:
         del self._received[:end]
         return message
 
+    def wait_received(self) -> bytes:
+        """Wait for the next message. Raises EOFError as `receive`."""
+        while (message := self.receive()) is None:
+            select.select([self._end], [], [])
+        return message
+
     def _next_end(self) -> int:
         """Where the next message ends; until its length is known, where that does."""
         if len(self._received) < _LENGTH_BYTES:
