@@ -1,35 +1,42 @@
-"""The HTTP door: httpx, and server-sent events as the standard splits them."""
+"""The HTTP door: aiohttp, whose costs for a request do not grow with how many there are."""
 
 import json
+import urllib.request
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
-import httpx
-from httpx_sse import EventSource, SSEError
+import aiohttp
 
 from shardline_client import http_wire
 from shardline_client.errors import ConnectionFailed, RequestTimeout, ServerError
 from shardline_client.requests import Generate, Tokenize
 from shardline_client.results import Model, Tokens
 from shardline_client.settings import Settings
+from shardline_client.sse import DataReader
 from shardline_client.transport import Generated
+
+_EVENT_STREAM = "text/event-stream"
+# Servers keep idle connections for about as long; uvicorn for exactly so long.
+_KEEP_ALIVE_S = 5.0
 
 
 class HttpTransport:
     """One pool of connections, which closing a response in the middle takes one out of."""
 
     def __init__(self, settings: Settings) -> None:
+        self._base = settings.http_base
         self._openai_only = settings.openai_only
         key = settings.api_key
-        verify = settings.tls.ssl_context() if settings.tls is not None else True
-        self._client = httpx.AsyncClient(
-            base_url=settings.http_base,
+        tls = settings.tls.ssl_context() if settings.tls is not None else True
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, ssl=tls, keepalive_timeout=_KEEP_ALIVE_S),
             headers={} if key is None else {"Authorization": f"Bearer {key}"},
             # How long the whole may take is the caller's clock; only connecting has its own.
-            timeout=httpx.Timeout(None, connect=settings.connect_timeout_s),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=100),
-            verify=verify,
+            timeout=aiohttp.ClientTimeout(connect=settings.connect_timeout_s),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            proxy=_proxy_for(self._base),
         )
 
     async def generate(
@@ -37,17 +44,17 @@ class HttpTransport:
     ) -> AsyncGenerator[Generated, None]:
         """A POST whose answer is a stream; leaving it closes the connection."""
         body = http_wire.body(request, openai_only=self._openai_only)
-        reader = http_wire.ChunkReader(request)
+        chunks, events = http_wire.ChunkReader(request), DataReader()
         is_done = False
-        async with (
-            self._answer("POST", http_wire.path(request), body) as response,
-            aclosing(EventSource(response).aiter_sse()) as events,
-        ):
-            async for event in events:  # to the last byte, so that the connection can be used again
-                is_done = is_done or event.data == "[DONE]"
-                if not is_done:
-                    for part in reader.read(json.loads(event.data)):
-                        yield part
+        async with self._answer("POST", http_wire.path(request), body) as response:
+            if response.content_type != _EVENT_STREAM:
+                raise ServerError(f"The answer is {response.content_type}, not {_EVENT_STREAM}.")
+            async for piece in response.content.iter_any():  # to the last byte, to be used again
+                for data in events.feed(piece):
+                    is_done = is_done or data == "[DONE]"
+                    if not is_done:
+                        for part in chunks.read(json.loads(data)):
+                            yield part
         if not is_done:
             raise ConnectionFailed("The stream ended before it was complete.")
 
@@ -55,14 +62,12 @@ class HttpTransport:
         """POST /tokenize."""
         body = http_wire.tokenize_body(request)
         async with self._answer("POST", "/tokenize", body) as response:
-            await response.aread()
-            return http_wire.tokens(response.json())
+            return http_wire.tokens(json.loads(await response.text()))
 
     async def models(self, timeout_s: float | None) -> tuple[Model, ...]:
         """GET /v1/models."""
         async with self._answer("GET", "/v1/models") as response:
-            await response.aread()
-            return http_wire.models(response.json())
+            return http_wire.models(json.loads(await response.text()))
 
     async def abort(self, request_id: str, timeout_s: float | None) -> bool:
         """HTTP knows a request only by its connection, and that is the other client's."""
@@ -70,29 +75,37 @@ class HttpTransport:
 
     async def aclose(self) -> None:
         """Close the pool."""
-        await self._client.aclose()
+        await self._session.close()
 
     @asynccontextmanager
     async def _answer(
         self, method: str, path: str, body: dict[str, Any] | None = None
-    ) -> AsyncIterator[httpx.Response]:
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         """A response with status 200. Raises ClientError for every other end."""
-        content = None if body is None else json.dumps(body)
+        content = None if body is None else json.dumps(body).encode()
         headers = None if body is None else {"Content-Type": "application/json"}
         try:
-            async with self._client.stream(
-                method, path, content=content, headers=headers
+            async with self._session.request(
+                method, self._base + path, data=content, headers=headers, allow_redirects=False
             ) as response:
-                if response.status_code != httpx.codes.OK:
-                    await response.aread()
-                    raise http_wire.error_of(response.status_code, response.text, response.headers)
+                if response.status != 200:
+                    text = await response.text(errors="replace")
+                    raise http_wire.error_of(response.status, text, response.headers)
                 yield response
-        except httpx.ConnectTimeout as error:
-            raise ConnectionFailed(f"No connection in time to {self._client.base_url}.") from error
-        except httpx.TimeoutException as error:
+        except aiohttp.ConnectionTimeoutError as error:
+            raise ConnectionFailed(f"No connection in time to {self._base}.") from error
+        except aiohttp.ServerTimeoutError as error:
             raise RequestTimeout("The server did not answer in time.") from error
-        except httpx.RequestError as error:
+        except (aiohttp.ClientError, OSError) as error:
             reason = str(error) or type(error).__name__
-            raise ConnectionFailed(f"{self._client.base_url}: {reason}") from error
-        except (SSEError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ConnectionFailed(f"{self._base}: {reason}") from error
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ServerError(f"The server's answer cannot be read: {error!r}") from error
+
+
+def _proxy_for(url: str) -> str | None:
+    """What HTTP_PROXY and its like say of this server; looked up once, not for each request."""
+    parts = urlsplit(url)
+    if urllib.request.proxy_bypass(parts.hostname or ""):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)

@@ -6,8 +6,10 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, Protocol, Self
+from urllib.parse import urlsplit
 
 import grpc
 
@@ -40,7 +42,12 @@ class SayTogether:
     barrier: threading.Barrier
 
 
-Answer = Refuse | Say | SayTogether
+@dataclass(frozen=True)
+class SayAtOnce:
+    """The whole answer, though a stream was asked for; only over HTTP."""
+
+
+Answer = Refuse | Say | SayTogether | SayAtOnce
 
 
 class BadServer(Protocol):
@@ -66,6 +73,7 @@ class HttpBadServer(_Script):
     def __init__(self, context: ssl.SSLContext | None = None) -> None:
         super().__init__()
         self.bodies: list[dict[str, Any]] = []
+        self.headers: list[Message] = []
         self.owner = "somebody"
         script = self
 
@@ -76,10 +84,13 @@ class HttpBadServer(_Script):
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                if not self.path.startswith("/v1/"):
+                if not urlsplit(self.path).path.startswith(
+                    "/v1/"
+                ):  # a proxy gets the whole address
                     self._send_json(404, {"error": {"message": "no such path"}})
                     return
                 script.bodies.append(body)
+                script.headers.append(self.headers)
                 self.answer(script.next(), script.stopping)
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -114,6 +125,8 @@ class _HttpHandler(BaseHTTPRequestHandler):
             case SayTogether():
                 answer.barrier.wait()
                 self._say(Say(1), stopping)
+            case SayAtOnce():
+                self._send_json(200, {"choices": [{"index": 0, "text": "0,"}]})
 
     def _refuse(self, answer: Refuse) -> None:
         message = {"message": f"I am {answer.why}.", "type": "t", "param": None, "code": "why"}

@@ -2,11 +2,12 @@
 
 import socket
 import ssl
+from base64 import b64encode
 
 import grpc
 import pytest
 import trustme
-from tests.clients.bad_servers import GrpcBadServer, HttpBadServer, Refuse, Say
+from tests.clients.bad_servers import GrpcBadServer, HttpBadServer, Refuse, Say, SayAtOnce
 from tests.clients.proxy import Proxy
 from tests.server.peer import delta
 
@@ -153,6 +154,27 @@ def test_somebody_listens_and_never_speaks(make_client, door):
             make_client(url, timeout_s=0.3).models()
         with pytest.raises((RequestTimeout, ConnectionFailed)):
             make_client(url, timeout_s=0.3).complete("x")
+
+
+def test_the_proxy_of_the_environment_is_used(make_client, monkeypatch):
+    with HttpBadServer() as proxy:
+        address = proxy.url.replace("http://", "http://me:secret@")
+        monkeypatch.setenv("HTTP_PROXY", address)
+        monkeypatch.setenv("NO_PROXY", "not.invalid")
+        assert make_client("http://shardline.invalid").complete("x").text == "0,"
+        with pytest.raises(ConnectionFailed):
+            make_client("http://not.invalid", retry=QUICK).complete("x")
+    (headers,) = proxy.headers
+    assert headers["Host"] == "shardline.invalid"
+    assert headers["Proxy-Authorization"] == "Basic " + b64encode(b"me:secret").decode()
+
+
+def test_an_answer_that_is_no_stream(make_client):
+    with HttpBadServer() as server:
+        server.answers = [SayAtOnce()]
+        with pytest.raises(ServerError, match="application/json, not text/event-stream"):
+            make_client(server.url).complete("x")
+    assert server.num_requests == 1
 
 
 def test_keys(make_client, frontend_url):

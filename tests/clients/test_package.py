@@ -51,7 +51,7 @@ def test_the_commands_bring_only_their_parser():
 
 
 @pytest.mark.parametrize(
-    ("module", "door"), [("http_transport", {"httpx", "httpx_sse"}), ("grpc_transport", {"grpc"})]
+    ("module", "door"), [("http_transport", {"aiohttp"}), ("grpc_transport", {"grpc"})]
 )
 def test_a_door_brings_its_own_library_and_nothing_heavy(module, door):
     imported = imported_by(f"import shardline_client.{module}")
