@@ -1,6 +1,6 @@
 """How soon a burst of requests is refused by a server that is busy, and what that costs.
 
-    python bench/refusals.py demo [--layout 1x1] [--burst 64] [--bursts 10]
+    python bench/refusals.py demo [--layout 1x1] [--burst 64] [--bursts 10] [--pause 1.0]
 
 Options that it does not know go to the server. So many streams have all the seats there are, each
 promised its time per token; then bursts of requests come that ask for a budget, and each is refused
@@ -25,7 +25,6 @@ from shardline_client.stream import AsyncStream
 NUM_STREAMS = 16
 NUM_PROMPT_TOKENS = 256
 NUM_OUTPUT_TOKENS = 6_000
-PAUSE_S = 1.0
 BUDGET = {"ttft_ms": 60_000, "tpot_ms": 1_000}
 SERVER = ["--no-spare-worker", "--max-num-seqs", str(NUM_STREAMS)]
 
@@ -70,7 +69,7 @@ async def refusal_s(client: AsyncClient, number: int) -> float:
     raise AssertionError("a request was served that had no seat")
 
 
-async def measure(url: str, burst: int, num_bursts: int) -> None:
+async def measure(url: str, burst: int, num_bursts: int, pause_s: float) -> None:
     async with AsyncClient(url) as client, asyncio.TaskGroup() as group:
         begun = [asyncio.Event() for _ in range(NUM_STREAMS)]
         streams = [ask(client, number, NUM_OUTPUT_TOKENS) for number in range(NUM_STREAMS)]
@@ -78,13 +77,13 @@ async def measure(url: str, burst: int, num_bursts: int) -> None:
             group.create_task(read(stream, event))
         await asyncio.gather(*(event.wait() for event in begun))
         before = look()
-        await asyncio.sleep(num_bursts * PAUSE_S)
+        await asyncio.sleep(num_bursts * pause_s)
         quiet, before, times_s = since(before), look(), []
         for first in range(0, num_bursts * burst, burst):
             begin = time.perf_counter()
             numbers = range(first, first + burst)
             times_s += await asyncio.gather(*(refusal_s(client, i) for i in numbers))
-            await asyncio.sleep(begin + PAUSE_S - time.perf_counter())
+            await asyncio.sleep(begin + pause_s - time.perf_counter())
         report(times_s, quiet, since(before))
         for stream in streams:
             stream.abort()
@@ -105,12 +104,13 @@ def main() -> None:
     parser.add_argument("--layout", default="1x1")
     parser.add_argument("--burst", type=int, default=64)
     parser.add_argument("--bursts", type=int, default=10)
+    parser.add_argument("--pause", type=float, default=1.0, help="s from burst to burst")
     arguments, options = parser.parse_known_args()
     with (
         serving(arguments.model, arguments.layout, [*SERVER, *options]) as (url, _),
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        runner.run(measure(url, arguments.burst, arguments.bursts))
+        runner.run(measure(url, arguments.burst, arguments.bursts, arguments.pause))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The HTTP application: routes, keys and errors put together."""
 
 from importlib import metadata
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Header
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -16,6 +16,8 @@ from shardline_server.http_api.generation_routes import generation_router
 from shardline_server.http_api.model_routes import model_router
 from shardline_server.http_api.operator_routes import metrics_router, operator_router
 from shardline_server.http_api.responses import ErrorResponse
+
+Responses = dict[int | str, dict[str, Any]]
 
 
 def create_app(service: GenerationService, keys: ApiKeys, door: DoorConfig) -> FastAPI:
@@ -36,12 +38,10 @@ def create_app(service: GenerationService, keys: ApiKeys, door: DoorConfig) -> F
     app.include_router(operator_router(service))
     if is_public:
         app.include_router(metrics_router(service))
-    for router in (generation_router(service, tenant_of), model_router(service)):
-        app.include_router(
-            router,
-            dependencies=[Depends(tenant_of)],
-            responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
-        )
+    answers: Responses = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}
+    # Its endpoints ask for the tenant themselves: asking twice is a tenth of what a request takes.
+    app.include_router(generation_router(service, tenant_of), responses=answers)
+    app.include_router(model_router(service), dependencies=[Depends(tenant_of)], responses=answers)
     app.add_middleware(BodyLimit, max_bytes=door.limits.max_body_bytes)
     if door.cors_origins:
         app.add_middleware(
