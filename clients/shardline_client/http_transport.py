@@ -4,6 +4,7 @@ import json
 import urllib.request
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -37,6 +38,7 @@ class HttpTransport:
             timeout=aiohttp.ClientTimeout(connect=settings.connect_timeout_s),
             cookie_jar=aiohttp.DummyCookieJar(),
             proxy=_proxy_for(self._base),
+            trace_configs=[_tracing()],
         )
 
     async def generate(
@@ -82,12 +84,8 @@ class HttpTransport:
         self, method: str, path: str, body: dict[str, Any] | None = None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """A response with status 200. Raises ClientError for every other end."""
-        content = None if body is None else json.dumps(body).encode()
-        headers = None if body is None else {"Content-Type": "application/json"}
         try:
-            async with self._session.request(
-                method, self._base + path, data=content, headers=headers, allow_redirects=False
-            ) as response:
+            async with await self._send(method, path, body) as response:
                 if response.status != 200:
                     text = await response.text(errors="replace")
                     raise http_wire.error_of(response.status, text, response.headers)
@@ -101,6 +99,45 @@ class HttpTransport:
             raise ConnectionFailed(f"{self._base}: {reason}") from error
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ServerError(f"The server's answer cannot be read: {error!r}") from error
+
+    async def _send(
+        self, method: str, path: str, body: dict[str, Any] | None
+    ) -> aiohttp.ClientResponse:
+        """The answer's beginning. A kept connection that turns out to be closed is no failure: some
+        servers close it without a word, and as curl does we send the request again on another.
+        """
+        content = None if body is None else json.dumps(body).encode()
+        headers = None if body is None else {"Content-Type": "application/json"}
+        while True:
+            trip = _Trip()
+            try:
+                return await self._session.request(
+                    method,
+                    self._base + path,
+                    data=content,
+                    headers=headers,
+                    allow_redirects=False,
+                    trace_request_ctx=trip,
+                )
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+                if not trip.is_on_kept_connection:
+                    raise
+
+
+@dataclass
+class _Trip:
+    """What aiohttp tells of one request."""
+
+    is_on_kept_connection: bool = False
+
+
+def _tracing() -> aiohttp.TraceConfig:
+    async def note(session: aiohttp.ClientSession, context: Any, told: Any) -> None:
+        context.trace_request_ctx.is_on_kept_connection = True
+
+    tracing = aiohttp.TraceConfig()
+    tracing.on_connection_reuseconn.append(note)
+    return tracing
 
 
 def _proxy_for(url: str) -> str | None:

@@ -75,14 +75,21 @@ class HttpBadServer(_Script):
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[Message] = []
         self.owner = "somebody"
+        self.num_forgotten = 0
+        self.forgets_connections = False  # A second request of one gets no answer.
         script = self
 
         class Handler(_HttpHandler):
             def do_GET(self) -> None:
+                self.keeps_connection = script.forgets_connections
                 card = {"id": "bad", "object": "model", "created": 0, "owned_by": script.owner}
                 self._send_json(200, {"object": "list", "data": [card]})
 
             def do_POST(self) -> None:
+                if self.keeps_connection:
+                    script.num_forgotten += 1
+                    self.close_connection = True
+                    return
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 if not urlsplit(self.path).path.startswith(
                     "/v1/"
@@ -114,6 +121,7 @@ class HttpBadServer(_Script):
 
 class _HttpHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    keeps_connection = False
 
     def answer(self, answer: Answer, stopping: threading.Event) -> None:
         self.close_connection = True
@@ -161,7 +169,7 @@ class _HttpHandler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
-        self.send_header("Connection", "close")
+        self.send_header("Connection", "keep-alive" if self.keeps_connection else "close")
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()

@@ -147,6 +147,15 @@ def test_after_a_cut_the_next_call_connects_again(make_client, bad_server):
         assert proxy.num_connections == 2
 
 
+def test_a_kept_connection_that_turns_out_to_be_closed_is_no_failure(make_client):
+    with HttpBadServer() as server:
+        server.forgets_connections = True
+        client = make_client(server.url, retry=Retry(max_attempts=1))
+        assert client.models()[0].name == "bad"
+        assert client.complete("x").text == "0,"
+        assert (server.num_forgotten, server.num_requests) == (1, 1)
+
+
 def test_somebody_listens_and_never_speaks(make_client, door):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"{door}://127.0.0.1:{silent.getsockname()[1]}"
