@@ -73,8 +73,9 @@ class Pricing:
         """Of steps of that time, each with these decodes, for prompts of up to `longest` tokens."""
         # With several stages another one may be the slowest behind long contexts, with less work
         # in the measure of the first.
-        contexts = (0, longest) if len(self.model.stages) > 1 else (0,)
-        work = min(self._work_within(step_s, decodes, context) for context in contexts)
+        work = self._work_within(step_s, decodes, 0)
+        if len(self.model.stages) > 1:
+            work = min(work, self._work_within(step_s, decodes, longest))
         work = max(work / 2, work - self._lost_s(longest))
         return Capacity(step_s, self.model.step_seconds(decodes), work)
 

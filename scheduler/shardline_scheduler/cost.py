@@ -22,6 +22,12 @@ class StepLoad:
         """All tokens of the step."""
         return self.num_prefill_tokens + self.num_decodes
 
+    def copy(self) -> "StepLoad":
+        """The same, to be changed by itself."""
+        return StepLoad(
+            self.num_prefill_tokens, self.num_decodes, self.decode_context, self.prefill_context
+        )
+
     def add(self, num_tokens: int, context: int) -> None:
         """Take `num_tokens` more, of a request that has `context` tokens computed before them."""
         if num_tokens == 1 and context:

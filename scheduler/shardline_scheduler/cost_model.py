@@ -18,6 +18,7 @@ KNEES = (16, 32, 64, 128, 256, 512)
 MIN_SAMPLES = 8
 # Sizes of the features that cost about alike: the descent and the ridge want that.
 _SCALES = (1.0, 64.0, 8.0, 4096.0, 131072.0)
+_, _PER_TOKEN, _PER_DECODE, _PER_DECODE_CONTEXT, _PER_CONTEXT = (1 / scale for scale in _SCALES)
 _WINDOW = 64
 _OUTLIER_MADS = 5.0
 _LEAST_MAD = 0.02
@@ -71,12 +72,17 @@ class RangeModel(Struct):
     def added_seconds(self, load: StepLoad) -> float:
         """What `load` adds to a step that is taken anyway, without margin. For a trusted model."""
         _, b, c, d, e = self.fit.coefficients
+        token_s = b * _PER_TOKEN
         return (
-            max(b / _SCALES[1], LEAST_TOKEN_S) * load.num_prefill_tokens
-            + c / _SCALES[2] * load.num_decodes
-            + d / _SCALES[3] * load.decode_context
-            + e / _SCALES[4] * load.prefill_context
+            (token_s if token_s > LEAST_TOKEN_S else LEAST_TOKEN_S) * load.num_prefill_tokens
+            + c * _PER_DECODE * load.num_decodes
+            + d * _PER_DECODE_CONTEXT * load.decode_context
+            + e * _PER_CONTEXT * load.prefill_context
         )
+
+    def planned_added_seconds(self, load: StepLoad) -> float:
+        """The same with margin."""
+        return self.added_seconds(load) * (1 + self.margin)
 
     def observe(self, load: StepLoad, seconds: float) -> None:
         """Learn from one step, unless it is an outlier among the last ones.
@@ -189,15 +195,14 @@ class StageModel(Struct):
             return self.planned_seconds(load)
         return max(part.seconds(load) * (1 + part.margin) for part in self._trusted)
 
-    def prefill_seconds(self, num_tokens: int, context: int) -> float:
-        """Planned time that prefill tokens behind `context` add to a step, whatever its range."""
-        load = StepLoad()
-        load.add_prefill(num_tokens, context)
-        return self.work_seconds(load)
-
     def work_seconds(self, load: StepLoad) -> float:
         """Planned time that all of a load adds to steps, whatever their range."""
-        return max([part.added_seconds(load) * (1 + part.margin) for part in self._trusted])
+        small, large = self.memory_bound, self.compute_bound
+        if not large.is_trusted:
+            return small.planned_added_seconds(load)
+        if not small.is_trusted:
+            return large.planned_added_seconds(load)
+        return max(small.planned_added_seconds(load), large.planned_added_seconds(load))
 
     def expected_prefill_seconds(self, num_tokens: int, context: int) -> float:
         """The same without margin, in the range that prefers it."""
@@ -304,8 +309,12 @@ class PipeModel(Struct):
         return max(trip_s - self.trip_overhead_s, trip_s / num_trips_at_once)
 
     def prefill_seconds(self, num_tokens: int, context: int) -> float:
-        """Planned time that prefill tokens behind `context` add to the slowest stage."""
-        return max([stage.prefill_seconds(num_tokens, context) for stage in self.stages])
+        """Planned time that prefill tokens behind `context` add to a step of the slowest stage,
+        whatever its range.
+        """
+        load = StepLoad()
+        load.add_prefill(num_tokens, context)
+        return self.work_seconds(load)
 
     def work_seconds(self, load: StepLoad) -> float:
         """Planned time that all of a load adds to steps of the slowest stage."""

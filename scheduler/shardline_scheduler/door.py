@@ -1,6 +1,6 @@
 """How a request arrives: its limits as terms, and a prediction beside what is promised."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil, inf, sqrt
 
 from .budget import BudgetPrediction, LatencyBudget
@@ -118,7 +118,7 @@ class Door:
         capacity = pricing.capacity(step_s, decodes, len(request.token_ids))
         work_s = book.demand.work_before(self.place(request)) + terms.prefill_s
         num_steps = max(1, ceil(work_s / (capacity.work or capacity.step_s)))
-        largest = replace(decodes)
+        largest = decodes.copy()
         share = min(work_s, capacity.work) / terms.prefill_s if terms.prefill_s else 1.0
         largest.add_prefill(max(1, ceil(share * num_tokens)), num_cached_tokens)
         behind_s = pricing.model.trip_seconds(largest) - pricing.model.step_seconds(largest)

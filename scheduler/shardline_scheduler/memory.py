@@ -29,9 +29,9 @@ class KvMemory:
             return []
         prefix: list[int] = []
         num_blocks = (len(request.token_ids) - 1) // self.block_size
-        self._extend_digests(request, num_blocks)
-        for digest in request.block_digests[:num_blocks]:
-            block_id = self.pool.cache.find(digest)
+        for i in range(num_blocks):
+            self._extend_digests(request, i + 1)
+            block_id = self.pool.cache.find(request.block_digests[i])
             if block_id is None:
                 break
             prefix.append(block_id)

@@ -1,7 +1,6 @@
 """Fills a step: decodes first, then prompts, as far as seats, memory and its time allow."""
 
 from bisect import bisect_left
-from dataclasses import replace
 from itertools import accumulate
 from math import inf
 
@@ -109,7 +108,8 @@ class Planner:
         contexts = [0, *accumulate(request.num_computed_tokens for request in decodes)]
 
         def is_late(count: int) -> bool:
-            joined = replace(load, num_decodes=load.num_decodes + count)
+            joined = load.copy()
+            joined.num_decodes += count
             joined.decode_context += contexts[count]
             return self._model.step_seconds(joined) > limit_s
 

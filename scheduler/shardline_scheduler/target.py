@@ -5,7 +5,7 @@ slowly, and no step uses up the slack of a single request. While first tokens ar
 the time that admission found feasible; without, decodes set it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf, sqrt
 
 from .capacity import Pricing
@@ -107,6 +107,6 @@ class TimeTarget:
         """A single token behind others is computed like a decode, and may take longer than it does
         as a part of a chunk.
         """
-        with_it = replace(load)
+        with_it = load.copy()
         with_it.add(1, context)
         return self._pricing.model.step_seconds(with_it) <= self.step_s

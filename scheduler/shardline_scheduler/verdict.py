@@ -129,9 +129,9 @@ class Judge:
         """A step time with which everybody is in time beside what is promised, if any."""
         if self.lacks(book, arrival) is not None:
             return None
-        has_limit, newcomer = arrival.newcomer.due < inf, arrival.newcomer
+        newcomer = arrival.newcomer if arrival.terms.first_token_by < inf else None
         for pace in self._paces(book, arrival):
-            if book.demand.is_early(pace, newcomer if has_limit else None):
+            if book.demand.is_early(pace, newcomer):
                 return pace.step_s
         return None
 
@@ -216,26 +216,28 @@ class Judge:
                 yield self._pricing.pace(capacity, start)
 
     def _capacities(self, book: Book, arrival: Arrival) -> Iterator[Capacity]:
-        """With step times worth trying: as now, the whole prompt at once, finer ones."""
         pricing, decodes = self._pricing, self.decodes_with(book, arrival)
-        limit = self._seconds_per_token(book, arrival)
+        prompt = max(book.longest_prompt, arrival.num_uncached_tokens + arrival.num_cached_tokens)
+        tried: set[float] = set()
+        for step_s in self._step_times(book, arrival, decodes):
+            if step_s not in tried:
+                tried.add(step_s)
+                capacity = pricing.capacity(step_s, decodes, prompt)
+                work = capacity.work - arrival.reserved_share * step_s
+                yield Capacity(step_s, capacity.decodes_s, work)
+
+    def _step_times(self, book: Book, arrival: Arrival, decodes: StepLoad) -> Iterator[float]:
+        """Worth trying: as now, which nearly always does; the whole prompt at once; finer ones."""
+        pricing, limit = self._pricing, self._seconds_per_token(book, arrival)
         if _is_alone(book, arrival):
             limit = inf
         longest = pricing.longest_step_s(limit, decodes)
+        yield min(longest, book.step_s)
         num_tokens, context = arrival.num_uncached_tokens, arrival.num_cached_tokens
+        yield min(longest, pricing.step_s_of_prompt(decodes, num_tokens, context))
         # A hair less than it has, so that rounding decides nothing when all of it is needed.
-        first_s = (arrival.newcomer.due - arrival.now) * (1 - 1e-6)
-        wanted = {
-            min(longest, book.step_s): None,
-            min(longest, pricing.step_s_of_prompt(decodes, num_tokens, context)): None,
-            min(longest, first_s / (STEPS_PER_LIMIT * pricing.max_in_flight)): None,
-        }
-        prompt = max(book.longest_prompt, num_tokens + context)
-        for step_s in wanted:
-            capacity = pricing.capacity(step_s, decodes, prompt)
-            yield Capacity(
-                step_s, capacity.decodes_s, capacity.work - arrival.reserved_share * step_s
-            )
+        first_s = (arrival.terms.first_token_by - arrival.now) * (1 - 1e-6)
+        yield min(longest, first_s / (STEPS_PER_LIMIT * pricing.max_in_flight))
 
 
 def _is_alone(book: Book, arrival: Arrival) -> bool:
