@@ -55,6 +55,7 @@ class Admission:
         self._charges: dict[Request, float] = {}
         self._nothing_promised = Ledger(config.block_size)
         self._unlimited: list[Request] = []
+        self._forecast: Forecast | None = None
 
     def admit(self, request: Request, now: float, num_cached_tokens: int, ahead: Ahead) -> None:
         """Give the request its terms and prediction, and count it.
@@ -126,6 +127,7 @@ class Admission:
     def outgrow(self, request: Request) -> None:
         """It has as many tokens as were planned, and goes on."""
         request.terms.num_planned_tokens = self.lengths.planned(request)
+        self._forecast = None
         if request.terms.is_promised:
             self.ledger.replan(request)
 
@@ -141,6 +143,7 @@ class Admission:
         if is_complete:
             self.lengths.observe(request)
         self._patience.forget(request)
+        self._forecast = None
         spent = _cost(request.num_prompt_tokens, request.num_output_tokens)
         self._tenants.end(request.tenant, self._charges.pop(request) - spent)
 
@@ -269,21 +272,29 @@ class Admission:
         )
 
     def _forecast_of(self, arrival: Arrival) -> Forecast:
-        guests = [request for request in self._charges if not request.terms.is_promised]
-        self._unlimited = [guest for guest in guests if guest.terms.rank is Rank.UNLIMITED]
-        beside = Guests.of(self.ledger, guests)
-        return Forecast(self.ledger, self._pricing, arrival.now, arrival.ahead, beside)
+        """Who is refused together has the same before him, and to find out is most of a refusal.
+
+        Kept while nobody comes in or goes; a step in between changes what is in flight.
+        """
+        moment = arrival.now, arrival.ahead
+        if self._forecast is None or moment != self._forecast.moment:
+            guests = [request for request in self._charges if not request.terms.is_promised]
+            self._unlimited = [guest for guest in guests if guest.terms.rank is Rank.UNLIMITED]
+            beside = Guests.of(self.ledger, guests)
+            self._forecast = Forecast(self.ledger, self._pricing, *moment, beside)
+        return self._forecast
 
     def _take_in(self, request: Request) -> None:
         terms = request.terms
         cost = _cost(request.num_prompt_tokens, terms.num_planned_tokens)
-        self._charges[request] = cost
+        self._charges[request], self._forecast = cost, None
         terms.turn = self._tenants.queue(request.tenant, cost, is_promised=terms.is_promised)
         if terms.is_promised:
             self._urgency.begin_promise(request.budget.priority)
             self.ledger.add(request, self._door.place(request), terms.prefill_s)
 
     def _end_promise(self, request: Request) -> None:
+        self._forecast = None
         self.ledger.remove(request)
         self._tenants.end_promise(request.tenant)
         self._urgency.end_promise(request.budget.priority)

@@ -104,6 +104,7 @@ class Forecast:
     ) -> None:
         self._ledger, self._pricing, self._now, self._guests = ledger, pricing, now, guests
         self._ahead = ahead
+        self.moment = now, ahead
         limit, decodes = ledger.seconds_per_token, StepLoad()
         if len(ledger) > 1:
             decodes = pricing.share_of(len(ledger), ledger.num_tokens)

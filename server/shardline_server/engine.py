@@ -230,6 +230,7 @@ class Engine:
         return self._back_at + (_SPARE_DESPITE_WORK_AFTER_S if has_work else _SPARE_AFTER_S)
 
     def _read_inbox(self) -> None:
+        now = time.monotonic()  # of all: who comes together is told the same
         for _ in range(_MOST_READ_AT_ONCE):
             if (received := self.frontends.receive()) is None:
                 return
@@ -240,7 +241,7 @@ class Engine:
                     self.frontends.send(frontend, self._drops)
                 case Submit():
                     self._is_idle_and_checked = False
-                    self._admit(frontend, message)
+                    self._admit(frontend, message, now)
                 case Abort():
                     self._abort(frontend, message.request_id)
                 case Drain():
@@ -261,7 +262,7 @@ class Engine:
         self._news.setdefault(frontend, []).append(delta)
         self._abort(frontend, request_id)
 
-    def _admit(self, frontend: bytes, submit: Submit) -> None:
+    def _admit(self, frontend: bytes, submit: Submit, now: float) -> None:
         if self._is_leaving:
             refusal = failure_of(submit.request_id, "NotServing", "The server is shutting down.")
             self._news.setdefault(frontend, []).append(refusal)
@@ -271,7 +272,7 @@ class Engine:
         self._has_news = True
         try:
             request = Request(name, submit.token_ids, submit.sampling, submit.budget, submit.tenant)
-            self.scheduler.add(request, time.monotonic())
+            self.scheduler.add(request, now)
         except SchedulerError as error:
             if not isinstance(error, DuplicateRequest):
                 self._names.forget(name)
