@@ -150,6 +150,24 @@ def test_one_who_is_refused_passes_when_he_comes_back_as_told():
     assert all(visit.met for visit in crowd if visit.refusal is None)
 
 
+def test_a_refusal_knows_who_came_and_went_at_the_same_moment():
+    """Two seats: whoever is refused waits for the shorter one of those who have them."""
+    scheduler = machine(max_num_seqs=2).scheduler
+
+    def waits_s(number: int) -> float:
+        with pytest.raises(BudgetUnmet) as refused:
+            scheduler.add(Visit(number, 0.0, 256, 64, TIGHT).request(), 0.0)
+        return refused.value.retry_after_s
+
+    for number, num_output in enumerate((50, 400)):
+        scheduler.add(Visit(number, 0.0, 256, num_output, TIGHT).request(), 0.0)
+    while_one_is_short = waits_s(2)
+    assert waits_s(3) == while_one_is_short
+    scheduler.abort("0")
+    scheduler.add(Visit(4, 0.0, 256, 400, TIGHT).request(), 0.0)
+    assert waits_s(5) > 4 * while_one_is_short
+
+
 def test_a_hard_deadline_ends_a_request_as_soon_as_it_is_lost():
     """Its output is longer than planned: steps are twice as long as the model believes."""
     slow = tuple(2 * price for price in ONE_STAGE)
