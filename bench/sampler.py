@@ -3,7 +3,7 @@
     python bench/sampler.py
 
 `peaked` logits are like a trained model's (Zipf's law); `flat` ones are normal noise, whose nucleus
-holds thousands of tokens. Times are the best of some rounds, in milliseconds of one thread's
+holds thousands of tokens; of the `mixed` ones a quarter is flat. Times are the best of some rounds, in milliseconds of one thread's
 processor time for the whole batch, so that other processes matter less.
 """
 
@@ -39,6 +39,11 @@ def flat_logits() -> Tensor:
     return 3 * torch.randn(NUM_ROWS, VOCAB_SIZE)
 
 
+def mixed_logits() -> Tensor:
+    num_flat = NUM_ROWS // 4
+    return torch.cat([flat_logits()[:num_flat], peaked_logits()[num_flat:]])
+
+
 def best_ms(logits: Tensor, rows: list[SampleRow]) -> float:
     times = []
     for _ in range(NUM_ROUNDS):
@@ -52,15 +57,15 @@ def best_ms(logits: Tensor, rows: list[SampleRow]) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    kinds = {"peaked": peaked_logits(), "flat": flat_logits()}
-    print(f"{NUM_ROWS} rows; ms a batch                      peaked     flat")
+    kinds = [peaked_logits(), flat_logits(), mixed_logits()]
+    print(f"{NUM_ROWS} rows; ms a batch                      peaked     flat    mixed")
     for name, params in PARAMS.items():
         token_ids = torch.randint(VOCAB_SIZE, (400,)).tolist()
         rows = [
             SampleRow(SamplingParams(max_tokens=200, seed=seed, **params), token_ids, 256)
             for seed in range(NUM_ROWS)
         ]
-        times = [best_ms(logits, rows) for logits in kinds.values()]
+        times = [best_ms(logits, rows) for logits in kinds]
         print(f"{name:38}" + "".join(f"{ms:9.2f}" for ms in times))
 
 

@@ -18,7 +18,6 @@ _BINS_PER_NAT = 32
 _NUM_BINS = 2048
 _ROUNDING = 1e-5  # far above what probabilities in fp32 are off by, all together
 _BLOCK = 64
-_ROWS_AT_ONCE = 2
 _USUAL_NUCLEUS = 128  # What stands for a top_p is first looked for among so many blocks' maxima.
 
 
@@ -90,13 +89,15 @@ def _find(scores: Tensor, rows: Sequence[SampleRow]) -> tuple[Candidates, Tensor
         return found, totals
     part = scores if len(alone) == len(rows) else scores[alone]
     temperatures = blocks.temperatures[alone]
-    shares = (part / temperatures).softmax(-1)
+    shares = (part if (temperatures == 1).all() else part / temperatures).softmax(-1)
     totals[alone] = shares.amax(-1, keepdim=True).double().reciprocal()
-    top_p = _column(totals, [row.sampling.top_p for row in rows])
-    if (found.weights.sum(-1, keepdim=True) < totals * top_p).any():
-        # Few at a time: temporaries of many rows come from fresh pages, which cost four times this.
-        each = (torch.split(x, _ROWS_AT_ONCE) for x in (part, shares, temperatures, top_p[alone]))
-        floors[alone] = torch.cat([_nucleus_floors(*few) for few in zip(*each, strict=True)])
+    top_p = _column(totals, [rows[i].sampling.top_p for i in alone])
+    is_short = found.weights[alone].sum(-1, keepdim=True) < totals[alone] * top_p
+    if short := is_short[:, 0].nonzero()[:, 0].tolist():
+        each = (part, shares, temperatures, top_p)
+        # One at a time: temporaries of many rows come from fresh pages, which cost four times this.
+        for i in short:
+            floors[alone[i]] = _nucleus_floor(*(x[i : i + 1] for x in each))
         found = _above(blocks, floors)
     return found, totals
 
@@ -122,7 +123,7 @@ def _floors(blocks: _Blocks, rows: Sequence[SampleRow]) -> Tensor:
     return floors.clamp_(min=torch.finfo(floors.dtype).min)
 
 
-def _nucleus_floors(scores: Tensor, shares: Tensor, temperatures: Tensor, top_p: Tensor) -> Tensor:
+def _nucleus_floor(scores: Tensor, shares: Tensor, temperatures: Tensor, top_p: Tensor) -> Tensor:
     """A score [rows, 1] such that all of that and above have the row's top_p for sure."""
     best = scores.amax(-1, keepdim=True)
     bins = _bins(scores, best, temperatures)
