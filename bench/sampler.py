@@ -3,8 +3,9 @@
     python bench/sampler.py
 
 `peaked` logits are like a trained model's (Zipf's law); `flat` ones are normal noise, whose nucleus
-holds thousands of tokens; of the `mixed` ones a quarter is flat. Times are the best of some rounds, in milliseconds of one thread's
-processor time for the whole batch, so that other processes matter less.
+holds thousands of tokens; of the `mixed` ones a quarter is flat. Times are the best of some rounds,
+in milliseconds of one thread's processor time for the whole batch, so that other processes matter
+less.
 """
 
 import time
