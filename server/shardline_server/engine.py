@@ -74,7 +74,7 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self._gate = Gate(config.keys)
-        self.frontends = FrontendChannel(self._gate, config.host)
+        self.frontends = FrontendChannel(self._gate, config.host, config.frontend_wire)
         self.workers = WorkerGroup(config, self._gate)
         self._recovery = Recovery(self.workers)
         self._exits = ChildExits()
@@ -114,8 +114,7 @@ class Engine:
         self._is_back()
         self.is_serving = True
         self._poller = zmq.Poller()
-        self._poller.register(self.frontends.socket, zmq.POLLIN)
-        for source in self.workers.sources:
+        for source in (*self.frontends.sources, *self.workers.sources):
             self._poller.register(source, zmq.POLLIN)
         self._poller.register(self._exits.fileno(), zmq.POLLIN)
         calm_garbage_collector()
@@ -158,6 +157,8 @@ class Engine:
     def _patience_ms(self) -> int:
         """How long there is nothing to do unless somebody says something."""
         now = time.monotonic()
+        if self.frontends.has_unread:
+            return 0
         if self._second_look is not None and self._second_look.is_due(now):
             return 0
         until_expiry_s = self.scheduler.next_expiry - now
@@ -170,7 +171,7 @@ class Engine:
         it gives up.
         """
         while not self.frontends.frontends:
-            self.frontends.socket.poll()
+            self.frontends.wait()
             self.frontends.receive()
         while self.frontends.receive() is not None:
             pass

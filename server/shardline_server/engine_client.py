@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 import msgspec
-import zmq
 
+from shardline_server.engine_line import open_line
 from shardline_server.errors import EngineUnavailable, NotServing, ReaderTooSlow, ShardlineError
 from shardline_server.messages import (
     Abort,
@@ -32,7 +32,8 @@ from shardline_server.messages import (
     Submit,
     ToEngine,
 )
-from shardline_shards.channel import Endpoint, Unreadable, connect, read
+from shardline_shards.channel import Endpoint, Unreadable, read
+from shardline_shards.wire import Wire
 
 logger = logging.getLogger("shardline.frontend")
 
@@ -115,7 +116,7 @@ class DeltaStream:
 class EngineClient:
     """One connection to one engine, with any number of open requests."""
 
-    def __init__(self, engine: Endpoint, *, max_unread_pieces: int) -> None:
+    def __init__(self, engine: Endpoint | Wire, *, max_unread_pieces: int) -> None:
         self._engine = engine
         self._max_unread = max_unread_pieces
         self._streams: dict[str, DeltaStream] = {}
@@ -158,14 +159,12 @@ class EngineClient:
 
     async def start(self) -> None:
         """Connect (the engine need not be there yet) and introduce ourselves."""
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._connect()
 
     async def stop(self) -> None:
         """Disconnect; open streams end with an error."""
         self.fail("the server is shutting down", retry_after_s=NotServing.retry_after_s)
-        self._disconnect()
-        self._context.destroy(linger=0)
+        self._line.close()
 
     def lose(self, reason: str) -> None:
         """The engine is gone and another one is coming: open streams end with an error, new
@@ -175,9 +174,9 @@ class EngineClient:
         message = f"The engine was lost and is being replaced: {reason}. Send the request again."
         self._end_streams(message, NotServing.retry_after_s)
 
-    async def reconnect(self, engine: Endpoint) -> None:
+    def reconnect(self, engine: Endpoint | Wire) -> None:
         """To the engine that has taken the place of a lost one."""
-        self._disconnect()
+        self._line.close()
         self._engine = engine
         self._connect()
 
@@ -186,18 +185,8 @@ class EngineClient:
         self._send(Drain(grace_s))
 
     def _connect(self) -> None:
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.set_hwm(0)
-        self._socket.linger = 0
-        connect(self._socket, self._engine)
-        asyncio.get_running_loop().add_reader(self._socket.fileno(), self._read)
+        self._line = open_line(self._engine, self._read)
         self._send(Hello())
-
-    def _disconnect(self) -> None:
-        if self._socket.closed:
-            return
-        asyncio.get_running_loop().remove_reader(self._socket.fileno())
-        self._socket.close()
 
     async def wait_ready(self) -> EngineReady:
         """Until the engine can serve; raises EngineUnavailable if it failed instead."""
@@ -278,20 +267,11 @@ class EngineClient:
                 self._send(Abort(request_id))
 
     def _send(self, message: ToEngine) -> None:
-        # No high-water mark, so this never waits.
-        self._socket.send(msgspec.msgpack.encode(message))
-        # ZMQ's descriptor tells once that something has happened, and this may have been told it.
-        asyncio.get_running_loop().call_soon(self._read)
+        self._line.send(msgspec.msgpack.encode(message))
 
     def _read(self) -> None:
-        """All that is there. ZMQ's own asyncio sockets took a third of what a front end does for a
-        token: a future, a poll and a task of their own for each message.
-        """
-        while not self._socket.closed:
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
+        """All that is there."""
+        while (frames := self._line.receive()) is not None:
             try:
                 message = read(self._decode, frames)
             except Unreadable as error:

@@ -51,7 +51,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     `kv_memory_bytes` (per worker) and `num_kv_blocks` means: as much as is free; for
     `threads_per_worker`: the node's cores, dealt out; for `layer_times`: nothing is known
     of what layers take. For `measure_s` seconds step times are measured before the first request,
-    and kept in `cache_dir`. `keys` open every channel between the processes of this launch.
+    and kept in `cache_dir`. `keys` open every channel between the processes of this launch, but for
+    the wire whose end the engine inherits as descriptor `frontend_wire` from the front end that
+    has started it.
     """
 
     parent_pid: int
@@ -84,6 +86,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     keeps_spare: bool = True
     has_cuda_graphs: bool = True
     plans_ahead: bool = False
+    frontend_wire: int | None = None
 
     @property
     def max_kv_blocks(self) -> int:

@@ -5,10 +5,14 @@ import socket
 import subprocess
 from pathlib import Path
 
-import msgspec
+from msgspec.structs import replace
 
-from shardline_server.child import start_child_process, stop_child_processes
-from shardline_server.engine_config import EngineAddress, EngineConfig
+from shardline_server.child import (
+    configure_child_process,
+    prepare_child_process,
+    stop_child_processes,
+)
+from shardline_server.engine_config import EngineConfig
 from shardline_server.engine_signals import LEAVE
 from shardline_server.errors import ConfigError
 from shardline_server.layer_profile import find_layer_times
@@ -17,10 +21,10 @@ from shardline_server.node_capacity import count_gpus
 from shardline_server.node_launchers import Launch
 from shardline_server.node_plan import plan_head
 from shardline_server.settings import ServeSettings
-from shardline_shards.channel import Endpoint
 from shardline_shards.gate import LaunchKeys
 from shardline_shards.layout import ParallelLayout, check_stages, even_stages
 from shardline_shards.partition import LayerTimes, cut_stages
+from shardline_shards.wire import Wire, wire_pair
 
 
 def check_split(settings: ServeSettings, facts: ModelFacts) -> None:
@@ -143,21 +147,29 @@ def choose_device(wanted: str, num_workers: int) -> str:
 
 
 class EngineProcess:
-    """The engine as a child of this process."""
+    """The engine as a child of this process. `keys` let other front ends in, where it listens."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self._keys = config.keys.client
-        self._process = start_child_process("shardline_server.engine", config)
+        self.keys = config.keys.client
+        self._wire, theirs = wire_pair()
+        with theirs:
+            descriptor = theirs.fileno()
+            self._process = prepare_child_process(
+                "shardline_server.engine", descriptors=(descriptor,)
+            )
+        configure_child_process(self._process, replace(config, frontend_wire=descriptor))
         self.pid = self._process.pid
 
-    def read_endpoint(self) -> Endpoint:
-        """Wait until the engine says where it listens; raises ConfigError if it ends instead."""
+    def wait_begun(self) -> Wire:
+        """Wait until the engine listens; whoever takes the wire closes it.
+
+        Raises ConfigError if the engine ends instead.
+        """
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise ConfigError("the engine process ended before it said where it is; see its log")
-        address = msgspec.json.decode(line, type=EngineAddress).address
-        return Endpoint(address=address, keys=self._keys)
+        if not self._process.stdout.readline():
+            self._wire.close()
+            raise ConfigError("the engine process ended before it listened; see its log")
+        return self._wire
 
     @property
     def has_refused(self) -> bool:
@@ -170,6 +182,7 @@ class EngineProcess:
 
     def stop(self) -> None:
         """Ask the engine to leave, and see that it does."""
+        self._wire.close()
         self._process.send_signal(LEAVE)
         try:
             self._process.wait(timeout=3.0)

@@ -23,6 +23,7 @@ from shardline_server.messages import EngineReady
 from shardline_server.metrics import Metrics
 from shardline_server.served_model import load_model_files
 from shardline_shards.channel import Endpoint
+from shardline_shards.wire import Wire
 
 logger = logging.getLogger("shardline.frontend")
 
@@ -40,7 +41,7 @@ class FrontendConfig:
     host: str
     http_port: int
     grpc_port: int
-    engine: Endpoint
+    engine: Endpoint | Wire
     model_path: Path
     served_model_names: tuple[str, ...]
     default_max_tokens: int = 512
@@ -163,9 +164,9 @@ class Frontend:
         """The engine has died and another one is coming: open streams end with an error."""
         self.engine.lose(reason)
 
-    async def reconnect(self, engine: Endpoint) -> None:
+    def reconnect(self, engine: Endpoint | Wire) -> None:
         """To the engine that has come; requests are taken again when it is ready."""
-        await self.engine.reconnect(engine)
+        self.engine.reconnect(engine)
 
     async def drain(self, grace_s: float) -> None:
         """Refuse what comes, and give what runs `grace_s`; the doors stay open to say so.

@@ -61,7 +61,7 @@ async def _serve(settings: ServeSettings, model_path: Path, supervisor: Supervis
             host=settings.host,
             http_port=settings.port,
             grpc_port=settings.grpc_port,
-            engine=await supervisor.read_endpoint(),
+            engine=await supervisor.wire(),
             model_path=model_path,
             served_model_names=(settings.model_name,),
             default_max_tokens=settings.default_max_tokens,

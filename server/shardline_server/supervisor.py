@@ -11,7 +11,7 @@ from shardline_server.engine_config import EngineConfig
 from shardline_server.engine_launch import EngineProcess
 from shardline_server.errors import ConfigError
 from shardline_server.frontend import Frontend
-from shardline_shards.channel import Endpoint
+from shardline_shards.wire import Wire
 
 logger = logging.getLogger("shardline")
 
@@ -28,9 +28,9 @@ class Supervisor:
         self._engine = EngineProcess(config)
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
 
-    async def read_endpoint(self) -> Endpoint:
-        """Where the first engine is. Raises ConfigError if it ends instead."""
-        return await asyncio.to_thread(self._engine.read_endpoint)
+    async def wire(self) -> Wire:
+        """To the engine, once that has begun. Raises ConfigError if it ends instead."""
+        return await asyncio.to_thread(self._engine.wait_begun)
 
     async def watch(self, frontend: Frontend) -> str:
         """Replace engines that die, until it is hopeless; returns why.
@@ -51,7 +51,7 @@ class Supervisor:
             frontend.lose(reason)
             self._engine = EngineProcess(self._config)
             try:
-                await frontend.reconnect(await self.read_endpoint())
+                frontend.reconnect(await self.wire())
             except ConfigError as error:
                 frontend.fail(f"{reason}, and the next one did not start: {error}")
 

@@ -1,7 +1,9 @@
-"""The engine's ends of the wires to this node's workers."""
+"""The engine's ends of the wires to this node's workers, and to the front end beside it."""
 
 import logging
+import select
 import selectors
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -50,12 +52,30 @@ class Wires(Generic[_Message]):
             self._watch(wire, name, selectors.EVENT_READ | selectors.EVENT_WRITE)
         return True
 
+    @property
+    def has_unread(self) -> bool:
+        """Whether messages are here already, come together with others, that were not received."""
+        return bool(self._received)
+
+    @property
+    def has_message(self) -> bool:
+        """Whether there may be one to receive."""
+        return bool(self._received or self._selector.select(0))
+
     def receive(self) -> tuple[bytes, _Message] | None:
         """The next message and who sent it, if one is there."""
         if not self._received:
             for key, events in self._selector.select(0):
                 self._serve(key.data, events)
         return self._received.popleft() if self._received else None
+
+    def flush(self, patience_s: float) -> None:
+        """Wait so long at most until everybody has room for what is queued."""
+        until = time.monotonic() + patience_s
+        while full := [wire for wire in self._wires.values() if not wire.flush()]:
+            _, writable, _ = select.select([], full, [], max(0.0, until - time.monotonic()))
+            if not writable:
+                return
 
     def close(self) -> None:
         """Leave all."""

@@ -145,7 +145,7 @@ def served(tiny_model):
     """The real thing: engine, workers and both doors."""
     with (
         running_engine_process(tiny_model) as engine,
-        running_frontend(engine.read_endpoint(), tiny_model) as running,
+        running_frontend(engine.wait_begun(), tiny_model) as running,
     ):
         yield running
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from shardline_server.frontend import Addresses, Frontend, FrontendConfig
 from shardline_shards.channel import Endpoint
+from shardline_shards.wire import Wire
 
 
 @dataclass
@@ -25,7 +26,7 @@ class RunningFrontend:
 
 @contextmanager
 def running_frontend(
-    engine: Endpoint, model: Path, *, wait_ready: bool = True, **values: object
+    engine: Endpoint | Wire, model: Path, *, wait_ready: bool = True, **values: object
 ) -> Iterator[RunningFrontend]:
     defaults: dict[str, object] = {
         "host": "127.0.0.1",

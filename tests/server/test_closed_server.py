@@ -22,6 +22,8 @@ from tests.strangers import RAW_BYTES, WRONG_KEYS, dealer, knock, wait_until_tur
 
 from shardline_scheduler.plan import StepResult
 from shardline_server.engine_launch import EngineProcess
+from shardline_server.frontend_channel import PARENT
+from shardline_server.messages import Drain
 from shardline_server.rendezvous import derive_keys
 from shardline_server.worker_group import WorkerGroup
 from shardline_shards.gate import Gate
@@ -40,7 +42,7 @@ def engine(tiny_model: Path) -> Iterator[EngineProcess]:
 
 @pytest.fixture(scope="module")
 def running(engine: EngineProcess, tiny_model: Path) -> Iterator[RunningFrontend]:
-    with running_frontend(engine.read_endpoint(), tiny_model) as running:
+    with running_frontend(engine.wait_begun(), tiny_model) as running:
         yield running
 
 
@@ -95,7 +97,7 @@ def test_keys_show_neither_in_commands_nor_in_variables_nor_in_logs(
     engine: EngineProcess, running: RunningFrontend, capfd: pytest.CaptureFixture[str]
 ) -> None:
     generate(running)
-    keys = engine._keys
+    keys = engine.keys
     texts = [str((p.cmdline(), p.environ())) for p in processes_of(engine)]
     texts += capfd.readouterr()
     for secret in msgspec.structs.astuple(keys):
@@ -126,7 +128,7 @@ def test_what_peers_send_that_is_no_message_is_counted_and_changes_nothing(
     with ExitStack() as peers:
         for host, port in listening(processes_of(engine)[0]):
             for name in (b"\xff", b"another", b"0.0"):  # the last is a worker's already
-                peer = dealer(f"tcp://{host}:{port}", engine._keys, name)
+                peer = dealer(f"tcp://{host}:{port}", engine.keys, name)
                 peers.enter_context(peer).send(b"\xc1 no message")
         wanted = {"frontend": dropped["frontend"] + 3, "worker": dropped["worker"] + 3}
         wait_for_drops(running, dropped | wanted)
@@ -139,8 +141,21 @@ def test_who_speaks_in_the_name_of_a_worker_on_a_wire_is_not_listened_to(
     before, dropped = generate(running), drops(running)
     with ExitStack() as peers:
         for host, port in listening(processes_of(engine)[0]):
-            peer = dealer(f"tcp://{host}:{port}", engine._keys, b"0.0")
+            peer = dealer(f"tcp://{host}:{port}", engine.keys, b"0.0")
             peers.enter_context(peer).send(encode(Failed(0, 0, "not true", True)))
+        wanted = {"frontend": dropped["frontend"] + 1, "worker": dropped["worker"] + 1}
+        wait_for_drops(running, dropped | wanted)
+        assert generate(running) == before
+
+
+def test_who_speaks_in_the_name_of_our_own_front_end_is_not_listened_to(
+    engine: EngineProcess, running: RunningFrontend
+) -> None:
+    before, dropped = generate(running), drops(running)
+    with ExitStack() as peers:
+        for host, port in listening(processes_of(engine)[0]):
+            peer = dealer(f"tcp://{host}:{port}", engine.keys, PARENT)
+            peers.enter_context(peer).send(msgspec.msgpack.encode(Drain(0.0)))
         wanted = {"frontend": dropped["frontend"] + 1, "worker": dropped["worker"] + 1}
         wait_for_drops(running, dropped | wanted)
         assert generate(running) == before

@@ -49,7 +49,7 @@ def door(tiny_model):
     with (
         running_engine_process(tiny_model, max_model_len=32) as engine,
         running_frontend(
-            engine.read_endpoint(), tiny_model, door=DoorConfig(api_keys=("fuzz",))
+            engine.wait_begun(), tiny_model, door=DoorConfig(api_keys=("fuzz",))
         ) as running,
     ):
         yield running

@@ -184,7 +184,7 @@ def test_streams_through_both_doors_outlive_a_worker_of_any_stage(tiny_model: Pa
     """Shards of a stage die under streams of both doors in `test_node_recovery`."""
     with (
         running_engine_process(tiny_model, pp=3, num_kv_blocks=1024) as engine,
-        running_frontend(engine.read_endpoint(), tiny_model) as running,
+        running_frontend(engine.wait_begun(), tiny_model) as running,
         httpx.Client(base_url=running.addresses.http_url, timeout=60) as probe,
     ):
         doors = (running.addresses.http_url, f"grpc://{running.addresses.grpc_target}")

@@ -123,7 +123,7 @@ def measured(tiny_model, tmp_path):
     """The real engine, which has measured what its steps take before the first request."""
     with (
         running_engine_process(tiny_model, measure_seconds=1.0, cache=tmp_path) as engine,
-        running_frontend(engine.read_endpoint(), tiny_model) as running,
+        running_frontend(engine.wait_begun(), tiny_model) as running,
     ):
         yield running
 
