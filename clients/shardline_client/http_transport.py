@@ -5,6 +5,7 @@ import urllib.request
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -132,7 +133,11 @@ class _Trip:
 
 
 def _tracing() -> aiohttp.TraceConfig:
-    async def note(session: aiohttp.ClientSession, context: Any, told: Any) -> None:
+    async def note(
+        session: aiohttp.ClientSession,
+        context: SimpleNamespace,
+        told: aiohttp.TraceConnectionReuseconnParams,
+    ) -> None:
         context.trace_request_ctx.is_on_kept_connection = True
 
     tracing = aiohttp.TraceConfig()

@@ -22,9 +22,10 @@ class DataReader:
         self._line = b"" if not lines or lines[-1].endswith((b"\n", b"\r")) else lines.pop()
         self._was_return = bool(lines) and not self._line and lines[-1].endswith(b"\r")
         for line in lines:
-            field, _, value = line.rstrip(b"\r\n").partition(b":")
+            text = line.rstrip(b"\r\n")
+            field, _, value = text.partition(b":")
             if field == b"data":
                 self._data.append(value.removeprefix(b" "))
-            elif not line.strip(b"\r\n") and self._data:
+            elif not text and self._data:
                 yield b"\n".join(self._data).decode()
                 self._data = []

@@ -25,8 +25,9 @@ class EngineLine(Protocol):
 
 def open_line(engine: Endpoint | Wire, on_readable: Callable[[], None]) -> EngineLine:
     """`on_readable` is called when there may be something to receive; then all has to be."""
-    kind = WireLine if isinstance(engine, Wire) else ZmqLine
-    return kind(engine, on_readable)  # type: ignore[arg-type]
+    if isinstance(engine, Wire):
+        return WireLine(engine, on_readable)
+    return ZmqLine(engine, on_readable)
 
 
 class ZmqLine:

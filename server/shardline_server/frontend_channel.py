@@ -17,8 +17,6 @@ from shardline_shards.wire import Wire
 logger = logging.getLogger("shardline.engine")
 
 _LAST_WORDS_TAKE_S = 1.0
-
-
 # What the engine calls the front end that has started it; ZMQ's own names are random bytes.
 PARENT = b"parent"
 
