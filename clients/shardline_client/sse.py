@@ -16,6 +16,8 @@ class DataReader:
 
     def feed(self, piece: bytes) -> Iterator[str]:
         """The events that end in this piece. Raises UnicodeDecodeError for what is not UTF-8."""
+        if not piece:
+            return
         if self._was_return:  # and what follows belongs to the same end of a line
             piece = piece.removeprefix(b"\n")
         lines = (self._line + piece).splitlines(keepends=True)

@@ -46,6 +46,12 @@ def test_an_event_is_there_with_its_last_byte():
     assert list(reader.feed(b"\ndata:two\n\n")) == ["two"]
 
 
+def test_nothing_between_the_two_halves_of_a_line_end_ends_no_line():
+    reader = DataReader()
+    pieces = [b"data: one\r", b"", b"\n", b"data: two\r\n\r\n"]
+    assert [data for piece in pieces for data in reader.feed(piece)] == ["one\ntwo"]
+
+
 def test_what_is_not_complete_is_not_told():
     assert read(b"data: one\n\ndata: two\n", []) == ["one"]
 
