@@ -135,27 +135,22 @@ def test_what_peers_send_that_is_no_message_is_counted_and_changes_nothing(
         assert generate(running) == before
 
 
-def test_who_speaks_in_the_name_of_a_worker_on_a_wire_is_not_listened_to(
-    engine: EngineProcess, running: RunningFrontend
+@pytest.mark.parametrize(
+    ("name", "payload"),
+    [
+        (b"0.0", encode(Failed(0, 0, "not true", True))),
+        (PARENT, msgspec.msgpack.encode(Drain(0.0))),
+    ],
+    ids=["worker", "front end"],
+)
+def test_who_speaks_in_the_name_of_somebody_on_a_wire_is_not_listened_to(
+    engine: EngineProcess, running: RunningFrontend, name: bytes, payload: bytes
 ) -> None:
     before, dropped = generate(running), drops(running)
     with ExitStack() as peers:
         for host, port in listening(processes_of(engine)[0]):
-            peer = dealer(f"tcp://{host}:{port}", engine.keys, b"0.0")
-            peers.enter_context(peer).send(encode(Failed(0, 0, "not true", True)))
-        wanted = {"frontend": dropped["frontend"] + 1, "worker": dropped["worker"] + 1}
-        wait_for_drops(running, dropped | wanted)
-        assert generate(running) == before
-
-
-def test_who_speaks_in_the_name_of_our_own_front_end_is_not_listened_to(
-    engine: EngineProcess, running: RunningFrontend
-) -> None:
-    before, dropped = generate(running), drops(running)
-    with ExitStack() as peers:
-        for host, port in listening(processes_of(engine)[0]):
-            peer = dealer(f"tcp://{host}:{port}", engine.keys, PARENT)
-            peers.enter_context(peer).send(msgspec.msgpack.encode(Drain(0.0)))
+            peer = dealer(f"tcp://{host}:{port}", engine.keys, name)
+            peers.enter_context(peer).send(payload)
         wanted = {"frontend": dropped["frontend"] + 1, "worker": dropped["worker"] + 1}
         wait_for_drops(running, dropped | wanted)
         assert generate(running) == before
