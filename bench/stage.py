@@ -1,8 +1,8 @@
 """Milliseconds of one step of a whole model on this CPU, beside what memory alone would take.
 
-    OMP_WAIT_POLICY=PASSIVE python bench/stage.py demo [--modules]
+    OMP_WAIT_POLICY=PASSIVE python bench/stage.py demo [--context 300] [--modules]
 
-Steps of 1, 4, 8 and 32 decodes over 300 tokens each, and of prompts of 32 to 256 tokens: the
+Steps of 1, 4, 8 and 32 decodes over so many tokens each, and of prompts of 32 to 256 tokens: the
 forward pass from token ids to logits, without scheduling and sampling. The floor is what reading as
 many bytes as a token has weights takes, measured in the same run. `--modules` measures the
 library's own modules.
@@ -28,7 +28,6 @@ from shardline_shards.stage_model import StageModel, build_stage_model, load_con
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 16
-NUM_CONTEXT_TOKENS = 300
 NUM_DECODES = (1, 4, 8, 32)
 NUM_PROMPT_TOKENS = (32, 64, 128, 256)
 
@@ -46,7 +45,7 @@ def load(model: str, dtype: torch.dtype) -> tuple[StageModel, int]:
     return stage_model, num_bytes
 
 
-def make_batches(stage: Stage) -> BatchBuilder:
+def make_batches(stage: Stage, num_context_tokens: int) -> BatchBuilder:
     config, dtype = stage.config, stage.dtype
     shape = KVShape(
         block_size=BLOCK_SIZE,
@@ -55,7 +54,7 @@ def make_batches(stage: Stage) -> BatchBuilder:
         or config.hidden_size // config.num_attention_heads,
         dtype=dtype,
     )
-    num_blocks = max(NUM_DECODES) * -(-NUM_CONTEXT_TOKENS // BLOCK_SIZE)
+    num_blocks = max(NUM_DECODES) * -(-num_context_tokens // BLOCK_SIZE)
     kv_layers = allocate_kv(range(config.num_hidden_layers), num_blocks, shape, CPU)
     for layer in kv_layers.values():
         layer.key.normal_()
@@ -107,6 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--context", type=int, default=300, help="tokens of each decode")
     parser.add_argument("--modules", action="store_true")
     arguments = parser.parse_args()
     stage_model, num_bytes = load(arguments.model, getattr(torch, arguments.dtype))
@@ -115,9 +115,9 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads, packed in {time.perf_counter() - start:.2f} s")
     floor = floor_ms(num_bytes)
     print(f"floor: {num_bytes / 1e6:.0f} MB in {floor:.2f} ms, {num_bytes / floor / 1e6:.1f} GB/s")
-    batches = make_batches(stage)
+    batches = make_batches(stage, max(arguments.context, *NUM_PROMPT_TOKENS))
     for num_decodes in NUM_DECODES:
-        batch = make_batch(batches, num_decodes, NUM_CONTEXT_TOKENS - 1, 1)
+        batch = make_batch(batches, num_decodes, arguments.context - 1, 1)
         measure(stage, f"{num_decodes} decodes", batch, floor)
     for num_tokens in NUM_PROMPT_TOKENS:
         batch = make_batch(batches, 1, 0, num_tokens)

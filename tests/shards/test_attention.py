@@ -269,9 +269,13 @@ def test_queries_and_keys_may_be_strided(backend: AttentionBackend) -> None:
     assert torch.equal(replace(problem, layer=other).attend(backend), wanted)
 
 
-def test_a_sequence_does_not_feel_the_batch_nor_the_threads(backend: AttentionBackend) -> None:
-    lengths = [(1, 3000), (40, 90), (1, 50), (64, 64)]
-    problem = lay_out(Case(lengths=lengths, head_dim=64, dtype=torch.bfloat16), backend)
+@pytest.mark.parametrize("head_dim", [48, 64])
+@pytest.mark.parametrize("dtype", RELATIVE_TOLERANCE)
+def test_a_sequence_does_not_feel_the_batch_nor_the_threads(
+    backend: AttentionBackend, dtype: torch.dtype, head_dim: int
+) -> None:
+    lengths = [(1, 3000), (40, 90), (1, 50), (64, 64), (1, 300)]
+    problem = lay_out(Case(lengths=lengths, head_dim=head_dim, dtype=dtype), backend)
     together = problem.attend(backend)
     starts = problem.batch.query_start.tolist()
     threads = torch.get_num_threads()

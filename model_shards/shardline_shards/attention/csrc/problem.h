@@ -14,7 +14,8 @@ namespace {
 constexpr int64_t kKeys = 64;       // keys in one turn of the walk
 constexpr int64_t kKeysAhead = 24;  // how far in front of a lone query memory is fetched
 constexpr int64_t kGroupKeys = 16;  // tokens that a lone query takes head by head
-static_assert(kKeys % kLanes == 0 && kKeys % kGroupKeys == 0);
+constexpr int64_t kPieceKeys = 128;  // a lone query's keys are cut into pieces of so many
+static_assert(kKeys % kLanes == 0 && kKeys % kGroupKeys == 0 && kPieceKeys % kKeys == 0);
 
 // kDim is the head size where the compiler may know it (that is a third of a decode's time), or 0.
 template <typename Scalar, int kDim>
@@ -46,7 +47,7 @@ struct Task {
   int64_t first_token, num_tokens;  // of the sequence's query tokens
   int64_t head_begin, head_end;     // KV heads
   int64_t key_begin, key_end;
-  int64_t piece, num_pieces;        // of the keys, when a lone query's are cut
+  int64_t piece, num_pieces;        // of a lone query's keys, where each is a task of its own
 };
 
 // A task's state, row by row; the rows are heads x tokens x heads of the group.
@@ -83,6 +84,7 @@ struct Bf16Scratch {
 
 struct Scratch {
   State state;
+  State total;  // of the pieces so far
   Bf16Scratch bf16;
   Lines<float> query;   // [rows, head_dim]
   Lines<float> scores;  // [rows, kKeys]

@@ -5,12 +5,12 @@
 #include <atomic>
 
 #include "bf16_walk.h"
+#include "lone_walk.h"
 
 namespace {
 
 constexpr int64_t kTileRows = 48;     // rows (tokens x heads of a KV head) aimed at in a tile
 constexpr int64_t kRowsInBf16 = 96;   // likewise, where bf16 is multiplied
-constexpr int64_t kPieceKeys = 1024;  // a lone query's keys are cut into pieces at least so long
 
 // Whether the queries of chunks are multiplied in bf16.
 template <typename P>
@@ -19,21 +19,49 @@ bool walks_in_bf16(const P& p) {
   return kPairs<T> && p.dim() % (2 * kTileSteps) == 0 && (!kTiles<T> || may_use_tiles());
 }
 
-// A lone query takes `heads` KV heads at a time: all, so that KV memory is read as one stream, or
-// one, where threads would be idle otherwise. A long one is cut over its keys.
+// The keys that a sequence's last query sees.
 template <typename P>
-void plan_lone(const P& p, int64_t sequence, int64_t heads, std::vector<Task>& tasks) {
-  const int64_t end = p.kv_lens[sequence];
-  const int64_t begin = std::max<int64_t>(0, end - p.window);
-  const int64_t num_pieces = std::max<int64_t>(1, (end - begin) / kPieceKeys);
-  const int64_t length = divide_up(end - begin, num_pieces);
-  for (int64_t head = 0; head < p.num_kv_heads; head += heads) {
-    for (int64_t i = 0; i < num_pieces; ++i) {
-      const int64_t from = begin + i * length, to = std::min(end, from + length);
-      tasks.push_back({sequence, 0, 1, head, head + heads, from, to, i, num_pieces});
+int64_t num_keys_seen(const P& p, int64_t sequence) {
+  return std::min<int64_t>(p.kv_lens[sequence], p.window);
+}
+
+// How lone queries are cut into tasks, so that no thread is idle for long.
+struct LonePlan {
+  int64_t most_keys;  // of a query that is one task; the pieces of a longer one are tasks
+  int64_t heads;      // KV heads of a piece: all, so that KV memory is read as one stream, or one,
+                      // where threads would be idle otherwise
+
+  template <typename P>
+  LonePlan(const P& p, int64_t num_threads) : heads(p.num_kv_heads) {
+    int64_t num_keys = 0, num_pieces = 0;
+    for (int64_t sequence = 0; sequence < p.num_sequences; ++sequence) {
+      if (p.query_len(sequence) == 1) {
+        num_keys += num_keys_seen(p, sequence);
+        num_pieces += divide_up(num_keys_seen(p, sequence), kPieceKeys);
+      }
+    }
+    most_keys = num_keys / (2 * num_threads);
+    if (num_pieces < num_threads) {
+      heads = 1;
     }
   }
-}
+
+  template <typename P>
+  void add_tasks(const P& p, int64_t sequence, std::vector<Task>& tasks) const {
+    const int64_t end = p.kv_lens[sequence], begin = end - num_keys_seen(p, sequence);
+    if (end - begin <= most_keys) {
+      tasks.push_back({sequence, 0, 1, 0, p.num_kv_heads, begin, end, 0, 1});
+      return;
+    }
+    const int64_t num_pieces = divide_up(end - begin, kPieceKeys);
+    for (int64_t head = 0; head < p.num_kv_heads; head += heads) {
+      for (int64_t i = 0; i < num_pieces; ++i) {
+        const int64_t from = begin + i * kPieceKeys, to = std::min(end, from + kPieceKeys);
+        tasks.push_back({sequence, 0, 1, head, head + heads, from, to, i, num_pieces});
+      }
+    }
+  }
+};
 
 // The tiles of a chunk take one head each and stay within the cache; the last tiles cost most and
 // go first.
@@ -53,26 +81,25 @@ void plan_chunk(const P& p, int64_t sequence, std::vector<Task>& tasks) {
   }
 }
 
-// `then` is what this thread may do next, if there is something.
+// The state over all keys of the task. `then` is what this thread may do next, if there is something.
 template <typename P>
-void run_task(const P& p, const Task& task, const Task* then, Scratch& s) {
-  const bool is_lone = task.num_tokens == 1 && p.dim() % kLanes == 0;
+State& run_task(const P& p, const Task& task, const Task* then, Scratch& s) {
+  if (task.num_tokens == 1 && p.dim() % kLanes == 0) {
+    return walk_lone(p, task, then, s);
+  }
   if constexpr (kPairs<typename P::T>) {
     if (task.num_tokens > 1 && walks_in_bf16(p)) {
-      return walk_in_bf16(p, task, s);
+      walk_in_bf16(p, task, s);
+      return s.state;
     }
   }
   s.reset(task.num_tokens * p.group * (task.head_end - task.head_begin), p.padded());
   load_queries(p, task, s);
   for (int64_t start = task.key_begin; start < task.key_end; start += kKeys) {
-    const int64_t count = std::min(kKeys, task.key_end - start);
-    find_keys(p, task, start, is_lone ? then : nullptr, s);
-    if (is_lone) {
-      attend_lone(p, task, start, count, s);
-    } else {
-      attend_tile(p, task, start, count, s);
-    }
+    find_keys(p, task, start, nullptr, s);
+    attend_tile(p, task, start, std::min(kKeys, task.key_end - start), s);
   }
+  return s.state;
 }
 
 // All tasks of one layer of one step. Threads call `work`; when all are done, one calls `finish`.
@@ -80,10 +107,10 @@ class Attention {
  public:
   template <typename P>
   Attention(const P& p, int64_t num_threads) : num_threads_(num_threads) {
-    const int64_t heads = p.num_sequences < 2 * num_threads ? 1 : p.num_kv_heads;
+    const LonePlan lone(p, num_threads);
     for (int64_t sequence = 0; sequence < p.num_sequences; ++sequence) {
       if (p.query_len(sequence) == 1) {
-        plan_lone(p, sequence, heads, tasks_);
+        lone.add_tasks(p, sequence, tasks_);
       } else {
         plan_chunk(p, sequence, tasks_);
       }
@@ -105,11 +132,12 @@ class Attention {
     Scratch& scratch = thread_scratch();
     for (int64_t i = next_++; i < num_tasks(); i = next_++) {
       const int64_t then = i + num_threads_;
-      run_task(p, tasks_[i], then < num_tasks() ? &tasks_[then] : nullptr, scratch);
+      State& state =
+          run_task(p, tasks_[i], then < num_tasks() ? &tasks_[then] : nullptr, scratch);
       if (tasks_[i].num_pieces == 1) {
-        store_output(p, tasks_[i], scratch.state);
+        store_output(p, tasks_[i], state);
       } else {
-        pieces_[i] = scratch.state;
+        std::swap(pieces_[i], state);
       }
     }
   }
@@ -119,13 +147,14 @@ class Attention {
     if (!has_pieces_) {
       return;
     }
-    for (int64_t i = 0; i < num_tasks(); ++i) {
-      const int64_t left = tasks_[i].num_pieces - 1 - tasks_[i].piece;
-      if (left > 0) {
-        merge(pieces_[i + 1], pieces_[i], p.padded());
-      } else if (tasks_[i].num_pieces > 1) {
-        store_output(p, tasks_[i], pieces_[i]);
+    for (int64_t i = 0; i < num_tasks(); i += tasks_[i].num_pieces) {
+      if (tasks_[i].num_pieces == 1) {
+        continue;
       }
+      for (int64_t piece = 1; piece < tasks_[i].num_pieces; ++piece) {
+        merge(pieces_[i], pieces_[i + piece], p.padded());
+      }
+      store_output(p, tasks_[i], pieces_[i]);
     }
   }
 

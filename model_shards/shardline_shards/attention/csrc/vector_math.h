@@ -131,12 +131,13 @@ C10_ALWAYS_INLINE float max_lanes(const Vec& x) {
 }
 
 // The sums of the lanes of kLanes vectors, in order; `x` is used up.
-C10_ALWAYS_INLINE Vec sum_lanes_of_each(Vec* x) {
+template <typename Vector>
+C10_ALWAYS_INLINE Vec sum_lanes_of_each(Vector (&x)[kLanes]) {
 #pragma GCC unroll 4
   for (int64_t n = kLanes / 2; n > 0; n /= 2) {
 #pragma GCC unroll 8
     for (int64_t i = 0; i < n; ++i) {
-      const auto [low, high] = at::vec::interleave2(x[i], x[i + n]);
+      const auto [low, high] = at::vec::interleave2(Vec(x[i]), Vec(x[i + n]));
       x[i] = low + high;
     }
   }

@@ -7,6 +7,7 @@
 #include <c10/util/Exception.h>
 
 #include "problem.h"
+#include "rows.h"
 
 namespace {
 
@@ -145,71 +146,6 @@ void attend_tile(const P& p, const Task& task, int64_t start, int64_t count, Scr
   }
 }
 
-// Scores of kRows rows against the keys at `offsets`, as many as a vector has lanes.
-template <int kRows, typename P>
-C10_ALWAYS_INLINE void score_rows(
-    const P& p, const float* query, const typename P::T* keys, const int64_t* offsets, float* out) {
-  Vec sums[kRows][kLanes];
-  for (int64_t k = 0; k < kLanes; ++k) {
-    prefetch_row(keys + offsets[k + kKeysAhead], p.dim());
-    dot_rows<kRows>(query, p.dim(), keys + offsets[k], sums, k);
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-    sum_lanes_of_each(sums[r]).store(out + r * kKeys);
-  }
-}
-
-template <typename P>
-C10_ALWAYS_INLINE void score_lone(const P& p, const Task& task, int64_t first_key, Scratch& s) {
-  const float* query = s.query.data();
-  const int64_t* offsets = s.offsets + first_key;
-  float* out = s.scores.data() + first_key;
-  for (int64_t head = task.head_begin; head < task.head_end; ++head) {
-    const auto* keys = p.key + head * p.dim();
-    int64_t rows = p.group;
-    for (; rows >= 3; rows -= 3, query += 3 * p.dim(), out += 3 * kKeys) {
-      score_rows<3>(p, query, keys, offsets, out);
-    }
-    for (; rows >= 1; rows -= 1, query += p.dim(), out += kKeys) {
-      score_rows<1>(p, query, keys, offsets, out);
-    }
-  }
-}
-
-template <typename P>
-C10_ALWAYS_INLINE void add_lone(
-    const P& p, const Task& task, int64_t first_key, int64_t count, Scratch& s) {
-  const int64_t* offsets = s.offsets + first_key;
-  for (int64_t head = task.head_begin; head < task.head_end; ++head) {
-    const int64_t first_row = (head - task.head_begin) * p.group;
-    const auto values = [from = p.value + head * p.dim(), offsets](int64_t k, int64_t j) {
-      prefetch_row(from + offsets[k + kKeysAhead] + j, kLanes);
-      return load_wide(from + offsets[k] + j);
-    };
-    multiply<true>(
-        s.scores.data() + first_row * kKeys + first_key, kKeys, values,
-        s.state.output.data() + first_row * p.padded(), p.padded(), p.group, p.padded(), count);
-  }
-}
-
-// One turn of the walk for a lone query. Here all depends on reading memory without a pause: keys
-// and values are used where they lie, all heads of some tokens before the next tokens, and what
-// comes next is fetched in small steps between the computing.
-template <typename P>
-void attend_lone(const P& p, const Task& task, int64_t start, int64_t count, Scratch& s) {
-  for (int64_t j = 0; j < count; j += kLanes) {
-    score_lone(p, task, j, s);
-  }
-  const int64_t num_rows = (task.head_end - task.head_begin) * p.group;
-  for (int64_t row = 0; row < num_rows; row += p.group) {
-    weigh(p, task, row, start, count, s.scores.data() + row * kKeys, s.state);
-  }
-  for (int64_t j = 0; j < count; j += kGroupKeys) {
-    add_lone(p, task, j, std::min(kGroupKeys, count - j), s);
-  }
-}
-
 template <typename P>
 void store_output(const P& p, const Task& task, const State& state) {
   using T = typename P::T;
@@ -220,9 +156,9 @@ void store_output(const P& p, const Task& task, const State& state) {
     for (int64_t token = first; token < first + task.num_tokens; ++token) {
       T* out = p.output + (token * p.num_kv_heads * p.group + head) * p.dim();
       for (int64_t g = 0; g < p.group; ++g, ++row, out += p.dim(), from += p.padded()) {
-        const float share = 1.f / sum_lanes(Vec::loadu(&state.sum[row * kLanes]));
-        for (int64_t i = 0; i < p.dim(); ++i) {
-          out[i] = static_cast<T>(from[i] * share);
+        const Vec share(1.f / sum_lanes(Vec::loadu(&state.sum[row * kLanes])));
+        for (int64_t i = 0; i < p.dim(); i += kLanes) {
+          store_narrow(Vec::loadu(from + i) * share, out + i, std::min(kLanes, p.dim() - i));
         }
       }
     }
@@ -230,17 +166,27 @@ void store_output(const P& p, const Task& task, const State& state) {
 }
 
 // Adds the state over some keys to the state over others.
-void merge(State& into, const State& piece, int64_t padded) {
-  for (size_t row = 0; row < into.best.size(); ++row) {
-    const float best = std::max(into.best[row], piece.best[row]);
-    const float keep = std::exp(into.best[row] - best);
-    const float take = std::exp(piece.best[row] - best);
-    into.best[row] = best;
-    for (size_t i = row * kLanes; i < (row + 1) * kLanes; ++i) {
-      into.sum[i] = into.sum[i] * keep + piece.sum[i] * take;
-    }
-    for (size_t i = row * padded; i < (row + 1) * padded; ++i) {
-      into.output[i] = into.output[i] * keep + piece.output[i] * take;
+inline void merge(State& into, const State& piece, int64_t padded) {
+  const auto num_rows = static_cast<int64_t>(into.best.size());
+  for (int64_t first = 0; first < num_rows; first += kLanes) {
+    const auto count = static_cast<int>(std::min(kLanes, num_rows - first));
+    const Vec old_best = Vec::loadu(&into.best[first], count);
+    const Vec other_best = Vec::loadu(&piece.best[first], count);
+    const Vec best = larger(old_best, other_best);
+    best.store(&into.best[first], count);
+    float keep[kLanes], take[kLanes];
+    (old_best - best).exp_u20().store(keep);
+    (other_best - best).exp_u20().store(take);
+    for (int64_t r = 0; r < count; ++r) {
+      const auto add_up = [&](float* sum, const float* other, int64_t size) {
+        for (int64_t i = 0; i < size; i += kLanes) {
+          const Vec kept = Vec::loadu(sum + i) * Vec(keep[r]);
+          at::vec::fmadd(Vec::loadu(other + i), Vec(take[r]), kept).store(sum + i);
+        }
+      };
+      const int64_t row = first + r;
+      add_up(&into.sum[row * kLanes], &piece.sum[row * kLanes], kLanes);
+      add_up(&into.output[row * padded], &piece.output[row * padded], padded);
     }
   }
 }
