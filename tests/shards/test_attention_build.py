@@ -1,5 +1,6 @@
 """How the CPU kernel is compiled and cached; and the CUDA backend, as far as goes without a GPU."""
 
+import platform
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import shardline_shards.attention
 from shardline_shards.attention import BACKENDS, KVLayer, PagedBatch
-from shardline_shards.attention.build import BuildError, build
+from shardline_shards.attention.build import BuildError, build, compiler_command
 
 COMPILER = """#!/bin/sh
 echo run >> {log}
@@ -88,6 +89,15 @@ def test_sums_of_products_stay_in_registers() -> None:
     num_kept = sum(any(map(is_kept.match, lines[i + 1 : i + 4])) for i in products)
     # Behind a loop its last sums are stored, one or two in a hundred products.
     assert num_kept < 0.05 * len(products), f"{num_kept} of {len(products)}"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="asks for processors of this kind")
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3", "x86-64-v4", "sapphirerapids"])
+def test_it_compiles_for_processors_that_do_without(processor: str) -> None:
+    """AVX-512, pairs of bf16, tiles: none of them, the first two in part, all of them."""
+    command = [*compiler_command(processor), "-O0", "-fsyntax-only"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
 
 
 class Recorder(TorchDispatchMode):

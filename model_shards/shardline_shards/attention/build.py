@@ -22,7 +22,7 @@ from shardline_shards.cache import default_cache_dir
 logger = logging.getLogger(__name__)
 
 _SOURCE_FOLDER = Path(__file__).parent / "csrc"
-_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
+_FLAGS = ("-std=c++20", "-O3", "-fopenmp", "-fPIC", "-shared")
 
 
 class BuildError(Exception):
@@ -70,7 +70,8 @@ def _cpu_features() -> str:
     return next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
 
 
-def _compile(library: Path) -> None:
+def compiler_command(processor: str = "native") -> list[str]:
+    """How the kernel is compiled for a processor that `-march` names, but for where to."""
     from torch.utils import cpp_extension
 
     compiler: str = cpp_extension.get_cxx_compiler()  # type: ignore[no-untyped-call]
@@ -78,17 +79,23 @@ def _compile(library: Path) -> None:
         raise BuildError(
             f"there is no C++ compiler `{compiler}`; install one (Debian, Ubuntu: apt install g++)"
         )
+    command = [compiler, *_FLAGS, f"-march={processor}"]
+    command += [str(path) for path in sorted(_SOURCE_FOLDER.glob("*.cpp"))]
+    command += [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    command += [f"-L{path}" for path in cpp_extension.library_paths()]
+    return [*command, "-lc10", "-ltorch_cpu"]
+
+
+def _compile(library: Path) -> None:
+    command = compiler_command()
     logger.info("compiling the kernels for this machine, once: %s", library)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         unfinished = Path(folder) / library.name
-        sources = [str(path) for path in sorted(_SOURCE_FOLDER.glob("*.cpp"))]
-        command = [compiler, *_FLAGS, *sources, "-o", str(unfinished)]
-        command += [f"-isystem{path}" for path in cpp_extension.include_paths()]
-        command += [f"-L{path}" for path in cpp_extension.library_paths()]
-        command += ["-lc10", "-ltorch_cpu"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            [*command, "-o", str(unfinished)], capture_output=True, text=True, check=False
+        )
         if result.returncode != 0:
-            raise BuildError(f"{compiler} failed: {result.stderr[-2000:]}")
+            raise BuildError(f"{command[0]} failed: {result.stderr[-2000:]}")
         os.replace(unfinished, library)
 
 

@@ -6,6 +6,8 @@
 
 namespace {
 
+struct LonePairs;
+
 #ifdef SHARDLINE_HAS_PAIRS
 
 // Scores of one row against the keys at `offsets`, as many as a vector has lanes.
