@@ -19,7 +19,7 @@ from shardline_shards.partition import LayerTimes
 logger = logging.getLogger("shardline.launch")
 
 _FOLDER = "layer-times"
-_FORMAT = 3  # another usual step gives other times, and so does measuring it otherwise
+_FORMAT = 4  # another usual step gives other times, and so does measuring it otherwise
 
 
 def find_layer_times(
