@@ -87,6 +87,7 @@ def find_capacity(server: Running, policy: Policy, arguments: argparse.Namespace
     """Requests per second."""
     options = [*LOADS["0.7x"].options, *policy.options, *PATIENCE, "--find-capacity"]
     options += ["--rate", str(arguments.first_rate), "--duration", str(arguments.seconds)]
+    options += ["--num-seeds", str(arguments.num_seeds)]
     options += _counted(arguments.seconds)
     found = bench(server.url, options)["capacities"]
     return float(next(one["rate"] for one in found if one["target"] == TARGET))

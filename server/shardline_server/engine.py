@@ -142,8 +142,8 @@ class Engine:
                 self._commit()
                 self._outputs += self.scheduler.expire(time.monotonic())
                 self._plan()
-                self._learn()
                 self._publish()
+                self._learn()
                 self._look_again()
             except WorkerLost as loss:
                 self._recover(loss)

@@ -3,12 +3,15 @@
 #pragma once
 
 #include "problem.h"
+#include "product.h"
 
 namespace {
 
 struct LonePairs;
 
 #ifdef SHARDLINE_HAS_PAIRS
+
+constexpr int kRowsOfHead = 4;  // that registers hold the sums of, beside a row of values
 
 // Scores of one row against the keys at `offsets`, as many as a vector has lanes.
 template <bool kFetches, typename P>
@@ -117,12 +120,11 @@ struct LonePairs {
   C10_ALWAYS_INLINE static void add(
       const P& p, const float* weights, const at::BFloat16* values, const int64_t* offsets,
       int64_t count, float* output) {
-    int64_t rows = p.group;
-    for (; rows >= 3; rows -= 3, weights += 3 * kKeys, output += 3 * p.dim()) {
-      add_pairs_of_head<3>(p, weights, values, offsets, count, output);
-    }
-    for (; rows >= 1; rows -= 1, weights += kKeys, output += p.dim()) {
-      add_pairs_of_head<1>(p, weights, values, offsets, count, output);
+    for (int64_t row = 0; row < p.group; row += kRowsOfHead) {
+      with_rows<kRowsOfHead>(std::min<int64_t>(kRowsOfHead, p.group - row), [&](auto rows) {
+        add_pairs_of_head<decltype(rows)::value>(
+            p, weights + row * kKeys, values, offsets, count, output + row * p.dim());
+      });
     }
   }
 
