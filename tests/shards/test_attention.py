@@ -269,7 +269,7 @@ def test_queries_and_keys_may_be_strided(backend: AttentionBackend) -> None:
     assert torch.equal(replace(problem, layer=other).attend(backend), wanted)
 
 
-@pytest.mark.parametrize("head_dim", [48, 64])
+@pytest.mark.parametrize("head_dim", [40, 48, 64])
 @pytest.mark.parametrize("dtype", RELATIVE_TOLERANCE)
 def test_a_sequence_does_not_feel_the_batch_nor_the_threads(
     backend: AttentionBackend, dtype: torch.dtype, head_dim: int

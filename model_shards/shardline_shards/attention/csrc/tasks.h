@@ -9,14 +9,20 @@
 
 namespace {
 
-constexpr int64_t kTileRows = 48;     // rows (tokens x heads of a KV head) aimed at in a tile
-constexpr int64_t kRowsInBf16 = 96;   // likewise, where bf16 is multiplied
+constexpr int64_t kTileRows = 48;    // rows (tokens x heads of a KV head) aimed at in a tile
+constexpr int64_t kRowsInBf16 = 96;  // likewise, where bf16 is multiplied
 
 // Whether the queries of chunks are multiplied in bf16.
 template <typename P>
 bool walks_in_bf16(const P& p) {
   using T = typename P::T;
   return kPairs<T> && p.dim() % (2 * kTileSteps) == 0 && (!kTiles<T> || may_use_tiles());
+}
+
+// Whether a lone query has a walk of its own, or is a tile of one.
+template <typename P>
+bool is_walked_alone(const P& p) {
+  return p.dim() % kLanes == 0;
 }
 
 // The keys that a sequence's last query sees.
@@ -40,7 +46,8 @@ struct LonePlan {
         num_pieces += divide_up(num_keys_seen(p, sequence), kPieceKeys);
       }
     }
-    most_keys = num_keys / (2 * num_threads);
+    // Only the walk of a lone query stops between pieces, whoever walks them.
+    most_keys = is_walked_alone(p) ? num_keys / (2 * num_threads) : 0;
     if (num_pieces < num_threads) {
       heads = 1;
     }
@@ -84,7 +91,7 @@ void plan_chunk(const P& p, int64_t sequence, std::vector<Task>& tasks) {
 // The state over all keys of the task. `then` is what this thread may do next, if there is something.
 template <typename P>
 State& run_task(const P& p, const Task& task, const Task* then, Scratch& s) {
-  if (task.num_tokens == 1 && p.dim() % kLanes == 0) {
+  if (task.num_tokens == 1 && is_walked_alone(p)) {
     return walk_lone(p, task, then, s);
   }
   if constexpr (kPairs<typename P::T>) {
