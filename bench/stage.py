@@ -88,10 +88,10 @@ def timed_ms(run: Callable[[], object], num_rounds: int) -> list[float]:
     return times
 
 
-def floor_ms(num_bytes: int) -> float:
+def reads_ms(num_bytes: int, num_rounds: int) -> list[float]:
     """What it takes to read so much memory once, with all threads."""
     memory = torch.from_numpy(np.ones(num_bytes // 8, dtype=np.int64))
-    return min(timed_ms(memory.sum, 15))
+    return timed_ms(memory.sum, num_rounds)
 
 
 def measure(stage: Stage, name: str, batch: StepBatch, floor: float) -> None:
@@ -113,7 +113,7 @@ def main() -> None:
     start = time.perf_counter()
     stage = Stage(stage_model, CPU, allow_fused=not arguments.modules)
     print(f"{torch.get_num_threads()} threads, packed in {time.perf_counter() - start:.2f} s")
-    floor = floor_ms(num_bytes)
+    floor = min(reads_ms(num_bytes, 15))
     print(f"floor: {num_bytes / 1e6:.0f} MB in {floor:.2f} ms, {num_bytes / floor / 1e6:.1f} GB/s")
     batches = make_batches(stage, max(arguments.context, *NUM_PROMPT_TOKENS))
     for num_decodes in NUM_DECODES:

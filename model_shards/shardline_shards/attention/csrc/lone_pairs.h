@@ -7,7 +7,7 @@
 
 namespace {
 
-struct LonePairs;
+struct LonePairs;  // named where there is none, too
 
 #ifdef SHARDLINE_HAS_PAIRS
 

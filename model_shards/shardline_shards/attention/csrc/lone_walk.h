@@ -87,7 +87,7 @@ void attend_lone(const P& p, const Task& task, int64_t start, int64_t count, Scr
 }
 
 // The task's pieces, whose states are added up in order. Whether they are tasks of their own makes no
-// difference to the result.
+// difference to the result. `Lone` says how the query meets keys and values.
 template <typename Lone, typename P>
 State& walk_pieces(const P& p, const Task& task, const Task* then, Scratch& s) {
   const int64_t num_rows = p.group * (task.head_end - task.head_begin);
