@@ -1,6 +1,7 @@
 """What the pipe can do for prompts while it keeps its decodes in time."""
 
 from dataclasses import dataclass
+from math import inf, sqrt
 
 from .cost import StepLoad
 from .cost_model import PipeModel
@@ -68,6 +69,23 @@ class Pricing:
         whole = StepLoad(0, decodes.num_decodes, decodes.decode_context, 0)
         whole.add_prefill(min(num_tokens + 1, self.max_num_tokens), context)
         return self.model.step_seconds(whole) + self._lost_s(num_tokens + context)
+
+    def soonest_step_s(self, decodes: StepLoad, num_tokens: int, context: int) -> float:
+        """The time of steps, each with these decodes, that have so many tokens of a prompt through
+        all p stages soonest.
+
+        Of a stage's time S for them all and o for a step without, m steps take
+        (m + p - 1) (S / m + o), which is least for m = √((p - 1) S / o). One stage takes them at
+        once: infinity.
+        """
+        model = self.model
+        whole_s, least_s = model.prefill_seconds(num_tokens, context), model.step_seconds(decodes)
+        most_steps = max(1, num_tokens // self.least_chunk)
+        num_behind = len(model.stages) - 1
+        if not num_behind or not whole_s:
+            return inf
+        num_steps = sqrt(num_behind * whole_s / least_s) if least_s else inf
+        return least_s + whole_s / min(max(1.0, num_steps), most_steps)
 
     def capacity(self, step_s: float, decodes: StepLoad, longest: int) -> Capacity:
         """Of steps of that time, each with these decodes, for prompts of up to `longest` tokens."""

@@ -113,8 +113,12 @@ class Door:
         num_cached_tokens = terms.num_cached_tokens
         num_tokens = len(request.token_ids) - num_cached_tokens
         longest = pricing.longest_step_s(book.seconds_per_token, decodes)
-        whole_s = pricing.step_s_of_prompt(decodes, num_tokens, num_cached_tokens)
-        step_s = min(longest, max(whole_s, book.step_s))
+        if book.step_s == inf:
+            step_s = pricing.soonest_step_s(decodes, num_tokens, num_cached_tokens)
+        else:
+            whole_s = pricing.step_s_of_prompt(decodes, num_tokens, num_cached_tokens)
+            step_s = max(whole_s, book.step_s)
+        step_s = min(longest, step_s)
         capacity = pricing.capacity(step_s, decodes, len(request.token_ids))
         work_s = book.demand.work_before(self.place(request)) + terms.prefill_s
         num_steps = max(1, ceil(work_s / (capacity.work or capacity.step_s)))

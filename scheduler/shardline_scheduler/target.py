@@ -6,7 +6,7 @@ the time that admission found feasible; without, decodes set it.
 """
 
 from dataclasses import dataclass
-from math import inf, sqrt
+from math import inf
 
 from .capacity import Pricing
 from .cost import StepLoad
@@ -51,7 +51,8 @@ class TimeTarget:
         if not self._pricing.model.is_ready:
             return
         if not load.num_decodes and not prompts.num_decodes:
-            self.keep(min(self._soonest_s(prompts.num_tokens), longest_s))
+            soonest_s = self._pricing.soonest_step_s(StepLoad(), prompts.num_tokens, 0)
+            self.keep(min(soonest_s, longest_s))
             return
         decodes = load if load.num_decodes else self._pricing.share_of(prompts.num_decodes, 0)
         decodes_s = self._pricing.model.step_seconds(decodes)
@@ -65,21 +66,6 @@ class TimeTarget:
             wanted = max(wanted, last_s / _LARGEST_MOVE, decodes_s)
             wanted = min(wanted, last_s * _LARGEST_MOVE)
         self.step_s = self._with_decodes_s = min(wanted, longest_s)
-
-    def _soonest_s(self, num_tokens: int) -> float:
-        """The step that has so many prompt tokens through all p stages soonest.
-
-        Of a stage's time S for them all and o for a step, m steps take (m + p - 1) (S / m + o),
-        which is least for m = √((p - 1) S / o). One stage takes them at once.
-        """
-        model = self._pricing.model
-        whole_s, least_s = model.prefill_seconds(num_tokens, 0), model.step_seconds(StepLoad())
-        most_steps = max(1, num_tokens // self._pricing.least_chunk)
-        num_behind = len(model.stages) - 1
-        if not num_behind or not whole_s:
-            return inf
-        num_steps = sqrt(num_behind * whole_s / least_s) if least_s else inf
-        return least_s + whole_s / min(max(1.0, num_steps), most_steps)
 
     def keep(self, step_s: float) -> None:
         """For a step that this time was found to suit, whatever decodes of guests there are."""

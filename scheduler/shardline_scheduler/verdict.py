@@ -227,13 +227,17 @@ class Judge:
                 yield Capacity(step_s, capacity.decodes_s, work)
 
     def _step_times(self, book: Book, arrival: Arrival, decodes: StepLoad) -> Iterator[float]:
-        """Worth trying: as now, which nearly always does; the whole prompt at once; finer ones."""
+        """Worth trying: as now, which nearly always does, or what has a prompt that nobody else is
+        before through all stages soonest; the whole prompt at once; finer ones.
+        """
         pricing, limit = self._pricing, self._seconds_per_token(book, arrival)
         if _is_alone(book, arrival):
             limit = inf
         longest = pricing.longest_step_s(limit, decodes)
-        yield min(longest, book.step_s)
         num_tokens, context = arrival.num_uncached_tokens, arrival.num_cached_tokens
+        if book.step_s == inf:
+            yield min(longest, pricing.soonest_step_s(decodes, num_tokens, context))
+        yield min(longest, book.step_s)
         yield min(longest, pricing.step_s_of_prompt(decodes, num_tokens, context))
         # A hair less than it has, so that rounding decides nothing when all of it is needed.
         first_s = (arrival.terms.first_token_by - arrival.now) * (1 - 1e-6)

@@ -2,7 +2,11 @@
 
 import pytest
 
+from shardline_scheduler import LatencyBudget
+
 from .machine import ONE_STAGE, Visit, machine
+
+ROOMY = LatencyBudget(ttft_ms=5000, tpot_ms=500)
 
 
 def of_stages(num_stages: int, **settings: object):
@@ -17,6 +21,16 @@ def test_a_lone_prompt_keeps_every_stage_busy(num_stages: int):
     of_stages(1).run([alone])
     split = Visit(1, 0.0, 2000, 1)
     of_stages(num_stages).run([split])
+    assert split.end < 1.8 * alone.end / num_stages, "chunks do not follow each other closely"
+
+
+@pytest.mark.parametrize("num_stages", [2, 4])
+def test_so_it_does_with_a_budget(num_stages: int):
+    alone = Visit(1, 0.0, 2000, 1, ROOMY)
+    of_stages(1).run([alone])
+    split = Visit(1, 0.0, 2000, 1, ROOMY)
+    of_stages(num_stages).run([split])
+    assert split.met
     assert split.end < 1.8 * alone.end / num_stages, "chunks do not follow each other closely"
 
 
