@@ -22,6 +22,11 @@ class StepLoad:
         """All tokens of the step."""
         return self.num_prefill_tokens + self.num_decodes
 
+    @property
+    def has_prompts(self) -> bool:
+        """Whether there is more in it than decodes."""
+        return self.num_prefill_tokens > 0
+
     def copy(self) -> "StepLoad":
         """The same, to be changed by itself."""
         return StepLoad(

@@ -3,7 +3,8 @@
 Per stage, t = a + b·P + c·D + d·C + e·X seconds: P prefill tokens, D decodes, C summed context of
 the decodes, X summed context of the prefill tokens (DESIGN §5; the form is Niyama's, the relative
 weights DistServe's). Two sets of coefficients, for steps that mostly read weights and for steps
-that mostly compute. Planning adds the 0.9 quantile of what steps took beyond their prediction.
+that mostly compute. Planning adds the 0.9 quantile of what such steps took beyond their prediction,
+of steps with prompts and of those without apart: the same millisecond is a large part of a decode.
 """
 
 from collections.abc import Sequence
@@ -37,9 +38,32 @@ class Sample(Struct, frozen=True):
     seconds: float
 
 
+class Spread(Struct):
+    """How far above their predictions, as a share of them, the last times of one kind of steps
+    were, newest last; and what planning adds for it, None while nothing is known of that kind.
+    """
+
+    residuals: list[float] = field(default_factory=list)
+    margin: float | None = None
+
+    def observe(self, residual: float) -> None:
+        """One more step of that kind."""
+        self.residuals = [*self.residuals[1 - _WINDOW :], residual]
+        if len(self.residuals) > 1:
+            self.margin = margin_of(self.residuals)
+
+    def is_outlier(self, residual: float) -> bool:
+        """Whether it is far from the last ones."""
+        if len(self.residuals) < MIN_SAMPLES:
+            return False
+        median = quantile(self.residuals, 0.5)
+        mad = quantile([abs(value - median) for value in self.residuals], 0.5)
+        return abs(residual - median) > _OUTLIER_MADS * max(mad, _LEAST_MAD)
+
+
 class RangeModel(Struct):
-    """The fit of one range of steps of one stage. `residuals` are how far above
-    their predictions, as a share of them, the last times were; newest last.
+    """The fit of one range of steps of one stage, and the spread of those with prompt tokens and of
+    those with nothing but decodes.
 
     Until `MIN_SAMPLES` samples it predicts the longest time that it has seen.
     """
@@ -47,8 +71,8 @@ class RangeModel(Struct):
     fit: NonNegativeFit = field(default_factory=lambda: NonNegativeFit.of_size(len(_SCALES)))
     num_samples: int = 0
     max_seconds: float = 0.0
-    residuals: list[float] = field(default_factory=list)
-    margin: float = 0.0
+    with_prompts: Spread = field(default_factory=Spread)
+    only_decodes: Spread = field(default_factory=Spread)
 
     @property
     def is_trusted(self) -> bool:
@@ -82,7 +106,29 @@ class RangeModel(Struct):
 
     def planned_added_seconds(self, load: StepLoad) -> float:
         """The same with margin."""
-        return self.added_seconds(load) * (1 + self.margin)
+        return self.added_seconds(load) * (1 + self.margin(has_prompts=load.has_prompts))
+
+    def planned_seconds(self, load: StepLoad) -> float:
+        """The time to plan with: nine steps of ten of that kind take less."""
+        return self.seconds(load) * (1 + self.margin(has_prompts=load.has_prompts))
+
+    def margin(self, *, has_prompts: bool) -> float:
+        """What planning adds for steps of that kind, as a share: as for the other kind if no more
+        is known.
+        """
+        own = self.spread(has_prompts=has_prompts).margin
+        if own is None:
+            own = self.spread(has_prompts=not has_prompts).margin
+        return own or 0.0
+
+    def spread(self, *, has_prompts: bool) -> Spread:
+        """Of steps with prompt tokens, or of those without."""
+        return self.with_prompts if has_prompts else self.only_decodes
+
+    def widen(self, margin: float) -> None:
+        """Plan with this margin at least."""
+        for spread in (self.with_prompts, self.only_decodes):
+            spread.margin = max(spread.margin or 0.0, margin)
 
     def observe(self, load: StepLoad, seconds: float) -> None:
         """Learn from one step, unless it is an outlier among the last ones.
@@ -90,10 +136,9 @@ class RangeModel(Struct):
         An outlier still counts as a residual: if many come, they are what steps now take.
         """
         if self.is_trusted and (expected := self.seconds(load)) > 0:
-            residual = seconds / expected - 1
-            is_outlier = self._is_outlier(residual)
-            self.residuals = [*self.residuals[1 - _WINDOW :], residual]
-            self.margin = margin_of(self.residuals)
+            residual, spread = seconds / expected - 1, self.spread(has_prompts=load.has_prompts)
+            is_outlier = spread.is_outlier(residual)
+            spread.observe(residual)
             if is_outlier:
                 return
         self.learn(load, seconds)
@@ -106,13 +151,6 @@ class RangeModel(Struct):
         self.max_seconds = max(self.max_seconds, seconds)
         self.fit.update(scaled_features(load), max(seconds, 1e-9))
 
-    def _is_outlier(self, residual: float) -> bool:
-        if len(self.residuals) < MIN_SAMPLES:
-            return False
-        median = quantile(self.residuals, 0.5)
-        mad = quantile([abs(value - median) for value in self.residuals], 0.5)
-        return abs(residual - median) > _OUTLIER_MADS * max(mad, _LEAST_MAD)
-
     def tokens_within(self, seconds: float, load: StepLoad, context: int) -> int:
         """Prefill tokens behind `context` that may join `load` in a step of that time, margin
         included; solves e/2·n² + (b + e·(context - 1/2))·n = what is left, since the first of n
@@ -120,7 +158,7 @@ class RangeModel(Struct):
         """
         _, b, _, _, e = self.fit.coefficients
         b, e = max(b / _SCALES[1], LEAST_TOKEN_S), e / _SCALES[4]
-        left = seconds / (1 + self.margin) - self.seconds(load)
+        left = seconds / (1 + self.margin(has_prompts=True)) - self.seconds(load)
         slope = b + e * (context - 0.5)
         if left <= 0:
             return 0
@@ -160,9 +198,8 @@ class StageModel(Struct):
                 part.fit.settle()
         for sample in samples:
             part = model._model_of(sample.load.num_tokens)
-            part.residuals.append(sample.seconds / part.seconds(sample.load) - 1)
-        for part in (model.memory_bound, model.compute_bound):
-            part.margin = margin_of(part.residuals)
+            spread = part.spread(has_prompts=sample.load.has_prompts)
+            spread.observe(sample.seconds / part.seconds(sample.load) - 1)
         return model
 
     def _squared_error(self, sample: Sample) -> float:
@@ -183,9 +220,8 @@ class StageModel(Struct):
         return self._model_of(load.num_tokens).seconds(load)
 
     def planned_seconds(self, load: StepLoad) -> float:
-        """The time to plan with: nine steps of ten take less."""
-        part = self._model_of(load.num_tokens)
-        return part.seconds(load) * (1 + part.margin)
+        """The time to plan with."""
+        return self._model_of(load.num_tokens).planned_seconds(load)
 
     def most_seconds(self, load: StepLoad) -> float:
         """What no part of that load is planned to take longer than: ranges need not agree where
@@ -193,7 +229,7 @@ class StageModel(Struct):
         """
         if not self.is_trusted:
             return self.planned_seconds(load)
-        return max(part.seconds(load) * (1 + part.margin) for part in self._trusted)
+        return max(part.planned_seconds(load) for part in self._trusted)
 
     def work_seconds(self, load: StepLoad) -> float:
         """Planned time that all of a load adds to steps, whatever their range."""

@@ -91,13 +91,17 @@ class Door:
     def _allow_for_spread(self, book: Book, terms: Terms) -> None:
         """Planning adds what one step in ten exceeds. Over many tokens that averages out, but for
         what makes all of them slow: half of it is kept. The mean of few, whose spread falls with
-        the root of their number, needs about twice as much.
+        the root of their number, needs about twice as much. Steps with prompts and without differ
+        in their spread, and tokens come from either: no more than both have.
         """
         num_later = terms.num_planned_tokens - 1
         if terms.seconds_per_token == inf or not self._pricing.model.is_ready:
             return
         pricing = self._pricing
-        spread = pricing.spread_of(pricing.share_of(len(book) + 1, book.num_tokens))
+        decodes = pricing.share_of(len(book) + 1, book.num_tokens)
+        with_prompt = decodes.copy()
+        with_prompt.add_prefill(pricing.least_chunk, 0)
+        spread = min(pricing.spread_of(decodes), pricing.spread_of(with_prompt))
         of_mean = _SURE * spread / sqrt(num_later * pricing.max_in_flight)
         terms.seconds_per_token *= (1 + spread) / (1 + max(spread / 2, of_mean))
 

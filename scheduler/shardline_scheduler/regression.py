@@ -68,11 +68,28 @@ class NonNegativeFit(Struct):
         self._descend(_SWEEPS_PER_SAMPLE)
 
     def settle(self) -> None:
-        """After the first samples: solve to the end, and keep them as the anchor."""
+        """After the first samples: solve to the end, and keep them as the anchor.
+
+        What was predicted of them until now says nothing of their noise; what is left of them does.
+        """
+        self.squared_errors = _ASSUMED_NOISE
+        self._descend(_SWEEPS_OF_A_FIT)
+        self.squared_errors = self._left_over()
         self._descend(_SWEEPS_OF_A_FIT)
         self.anchor_information = [list(row) for row in self.information]
         self.anchor_moments = list(self.moments)
         self.anchor_num_effective = self.num_effective
+
+    def _left_over(self) -> float:
+        """Of the samples that have not faded, Σ λ^age (ŷ / y - 1)² = n - 2 θᵀm + θᵀAθ, and what is
+        assumed.
+        """
+        theta = self.coefficients
+        explained = sum(map(mul, self.moments, theta))
+        rows = (sum(map(mul, row, theta)) for row in self.information)
+        fitted = sum(map(mul, rows, theta))
+        left_over: float = self.num_effective - 2 * explained + fitted
+        return _ASSUMED_NOISE + max(0.0, left_over)
 
     def _remember_anchor(self) -> None:
         """At the rate at which information fades, so that a share of the anchor always stays."""

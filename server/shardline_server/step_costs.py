@@ -22,7 +22,7 @@ from shardline_shards.fingerprint import model_fingerprint
 
 logger = logging.getLogger("shardline.engine")
 
-FORMAT = 2
+FORMAT = 3
 # A cached fit is taken if a short sweep finds it this close.
 _CLOSE_ENOUGH = 0.3
 _CHECK_PART = 0.25

@@ -21,6 +21,9 @@ _REPORTS_TAKE_S = 2.0
 _ENOUGH_STEPS = 2 * MIN_SAMPLES
 _CHECK_INTERVAL_MS = 200
 _PATIENT_ROUNDS = 2
+# Shared prompts come in such parts: as many steps behind longer and longer contexts, at the price
+# of one that says little.
+_PART = 64
 _STEP_TAKES_S = 10.0  # nothing is known yet; ten times that is allowed
 
 
@@ -28,13 +31,15 @@ _STEP_TAKES_S = 10.0  # nothing is known yet; ten times that is allowed
 class Shape:
     """`count` prompts of `num_tokens` tokens that come together, and the tokens that each says.
 
-    The first `num_shared` tokens are those of another prompt that has been computed before.
+    The first `num_shared` tokens are those of another prompt that has been computed before. Another
+    one of `num_beside` tokens comes when they decode.
     """
 
     num_tokens: int
     count: int = 1
     num_outputs: int = 1
     num_shared: int = 0
+    num_beside: int = 0
 
     @property
     def num_own(self) -> int:
@@ -49,10 +54,10 @@ SHAPES = (
     Shape(8, num_outputs=4),
     # Decodes far behind their beginnings: what they read would else be told from their number by
     # noise alone, and priced at anything.
-    Shape(264, count=16, num_outputs=4, num_shared=256),
+    Shape(264, count=16, num_outputs=4, num_shared=256, num_beside=64),
+    Shape(320, num_shared=256),
     Shape(256),
     Shape(8, count=16, num_outputs=4),
-    Shape(320, num_shared=256),
     Shape(128),
     Shape(64, count=4, num_outputs=4),
     Shape(32),
@@ -68,12 +73,14 @@ def shapes_for(config: SchedulerConfig) -> list[Shape]:
 
 def _fits(shape: Shape, config: SchedulerConfig) -> bool:
     num_tokens = shape.num_tokens + shape.num_outputs
-    num_blocks = shape.count * (-(-num_tokens // config.block_size) + 1)
+    num_requests = shape.count + (shape.num_beside > 0)
+    num_blocks = num_requests * (-(-num_tokens // config.block_size) + 1)
+    most_at_once = max(shape.num_own * shape.count, shape.count + shape.num_beside)
     return (
         num_tokens <= config.max_request_tokens
         and num_blocks <= config.num_blocks
-        and shape.count <= min(config.max_num_seqs, config.max_num_waiting)
-        and max(shape.num_own * shape.count, shape.num_shared) <= config.max_num_batched_tokens
+        and num_requests <= min(config.max_num_seqs, config.max_num_waiting)
+        and most_at_once <= config.max_num_batched_tokens
     )
 
 
@@ -152,12 +159,15 @@ class Sweep:
 
     def _run(self, shape: Shape) -> None:
         shared = self._prompt(shape.num_shared)
-        if shared:
-            self._add(shared, 1)
+        for end in range(_PART, shape.num_shared + 1, _PART):
+            self._add(shared[:end], 1)
             self._finish()
         for _ in range(shape.count):
             prompt = shared + self._prompt(shape.num_own)
             self._add(prompt, shape.num_outputs)
+        if shape.num_beside:
+            self._step()
+            self._add(self._prompt(shape.num_beside), 1)
         self._finish()
 
     def _prompt(self, num_tokens: int) -> list[int]:
@@ -171,16 +181,19 @@ class Sweep:
 
     def _finish(self) -> None:
         while self._scheduler.has_requests:
-            plan = self._scheduler.plan(time.monotonic())
-            assert plan is not None
-            self._loads[plan.step_id] = _load_of(plan)
-            started = time.monotonic()
-            self._workers.submit(plan)
-            result = self._await_result()
-            self._trips[plan.step_id] = time.monotonic() - started
-            self._scheduler.commit(result, time.monotonic())
-            if self._scheduler.has_requests and self._has_to_make_way():
-                raise Interrupted
+            self._step()
+
+    def _step(self) -> None:
+        plan = self._scheduler.plan(time.monotonic())
+        assert plan is not None
+        self._loads[plan.step_id] = load_of(plan)
+        started = time.monotonic()
+        self._workers.submit(plan)
+        result = self._await_result()
+        self._trips[plan.step_id] = time.monotonic() - started
+        self._scheduler.commit(result, time.monotonic())
+        if self._scheduler.has_requests and self._has_to_make_way():
+            raise Interrupted
 
     def _has_to_make_way(self) -> bool:
         is_patient = self._num_shapes_tried <= _PATIENT_ROUNDS * len(self._shapes)
@@ -236,7 +249,8 @@ class Sweep:
         return measured
 
 
-def _load_of(plan: StepPlan) -> StepLoad:
+def load_of(plan: StepPlan) -> StepLoad:
+    """What a plan holds."""
     load = StepLoad()
     for part in plan.scheduled:
         load.add(part.num_scheduled_tokens, part.num_computed_tokens)

@@ -295,7 +295,8 @@ def test_short_answers_keep_their_promises_though_steps_vary(num_output: int):
     random, spread, tight = Random(1), 0.1, LatencyBudget(ttft_ms=1500, tpot_ms=60)
     model = exact_model((ONE_STAGE,))
     (stage,) = model.stages
-    stage.memory_bound.margin = stage.compute_bound.margin = exp(1.28 * spread) - 1
+    for part in (stage.memory_bound, stage.compute_bound):
+        part.widen(exp(1.28 * spread) - 1)
     m = Machine(
         machine(model=model).scheduler,
         (ONE_STAGE,),

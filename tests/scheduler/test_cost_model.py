@@ -53,15 +53,28 @@ def test_an_exact_machine_is_found_exactly():
     model = trained(600)
     assert errors(model)[-1] < 0.01
     assert model.compute_bound.coefficients == pytest.approx(MACHINE, rel=0.1)
-    assert model.compute_bound.margin < 0.01
+    assert model.compute_bound.margin(has_prompts=True) < 0.01
 
 
 def test_noise_goes_into_the_margin_and_not_into_the_fit():
     model = trained(600, noise=0.2)
     assert errors(model)[100] < 0.05
-    assert 0.1 < model.compute_bound.margin < 0.25
+    assert 0.1 < model.compute_bound.margin(has_prompts=True) < 0.25
     load = random_load(Random(7))
     assert model.planned_seconds(load) > model.seconds(load)
+
+
+def test_what_makes_decodes_uneven_makes_no_prompt_dear():
+    """A few milliseconds more or less are a large part of a decode, and a small one of a chunk."""
+    random, model = Random(2), StageModel(knee=256)
+    decodes, chunk = StepLoad(), StepLoad()
+    decodes.add(1, 300)
+    chunk.add(100, 300)
+    for _ in range(300):
+        for load in (decodes, chunk):
+            model.observe(load, true_seconds(load) + random.uniform(0.0, 6e-3))
+    assert model.planned_seconds(decodes) > 1.15 * model.seconds(decodes)
+    assert model.planned_seconds(chunk) < 1.06 * model.seconds(chunk)
 
 
 def test_no_coefficient_is_negative_where_features_go_together():

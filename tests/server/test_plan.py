@@ -45,7 +45,9 @@ def test_explain_prints_every_coefficient_with_its_unit_for_each_stage(first) ->
         rows = re.findall(rf"^ {name}.*?(?:\d\.\d+ (\w+)|not yet known)", first.stdout, re.M)
         assert len(rows) == 2 and set(rows) <= {unit, ""}
     assert len(re.findall(r"up to \d+ tokens +above \d+ tokens", first.stdout)) == 2
-    assert len(re.findall(r"nine of ten steps take +(up to [+-]\d|not)", first.stdout)) == 2
+    for kind in ("with prompts", "of decodes only"):
+        margins = re.findall(rf"nine of ten steps {kind} take +(up to [+-]\d|not)", first.stdout)
+        assert len(margins) == 2
 
 
 def test_the_second_time_it_is_told_from_the_cache_and_says_the_same(

@@ -55,7 +55,8 @@ def test_fits_that_plan_with_other_margins_are_apart() -> None:
     same, careful = exact_model([NOW]), exact_model([NOW])
     assert distance(same, exact_model([NOW]), measured(NOW)) == 0.0
     (stage,) = careful.stages
-    stage.memory_bound.margin = stage.compute_bound.margin = 2.0
+    for part in (stage.memory_bound, stage.compute_bound):
+        part.widen(2.0)
     assert distance(careful, same, measured(NOW)) == pytest.approx(2.0)
 
 
@@ -133,7 +134,8 @@ def wrong_model(request: pytest.FixtureRequest) -> PipeModel:
         return exact_model([WRONG, WRONG])
     model = exact_model([NOW, NOW])
     for stage in model.stages:
-        stage.memory_bound.margin = stage.compute_bound.margin = 1e9
+        for part in (stage.memory_bound, stage.compute_bound):
+            part.widen(1e9)
     return model
 
 

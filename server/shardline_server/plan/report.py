@@ -131,7 +131,9 @@ def print_costs(console: Console, model: PipeModel) -> None:
         for row, (name, unit, factor) in enumerate(_UNITS):
             cells = [_coefficient(part, row, unit, factor) for part in ranges]
             table.add_row(name, *cells)
-        table.add_row("nine of ten steps take", *(_margin(part) for part in ranges))
+        for kind, has_prompts in (("with prompts", True), ("of decodes only", False)):
+            margins = (_margin(part, has_prompts) for part in ranges)
+            table.add_row(f"nine of ten steps {kind} take", *margins)
         table.add_row("steps learnt from", *(str(part.num_samples) for part in ranges))
         console.print(table)
 
@@ -140,8 +142,9 @@ def _coefficient(part: RangeModel, index: int, unit: str, factor: float) -> str:
     return f"{part.coefficients[index] * factor:.3f} {unit}" if part.is_trusted else "not yet known"
 
 
-def _margin(part: RangeModel) -> str:
-    return f"up to {part.margin:+.1%}" if part.is_trusted else "not yet known"
+def _margin(part: RangeModel, has_prompts: bool) -> str:
+    margin = part.margin(has_prompts=has_prompts)
+    return f"up to {margin:+.1%}" if part.is_trusted else "not yet known"
 
 
 def _times(stage: StageModel, load: StepLoad) -> str:

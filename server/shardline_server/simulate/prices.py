@@ -80,7 +80,7 @@ def knowing_spread(model: PipeModel, spread: float) -> PipeModel:
     known, margin = deepcopy(model), exp(_NINE_OF_TEN * spread - spread**2 / 2) - 1
     for stage in known.stages:
         for part in (stage.memory_bound, stage.compute_bound):
-            part.margin = max(part.margin, margin)
+            part.widen(margin)
     return known
 
 
