@@ -232,13 +232,17 @@ class StageModel(Struct):
         return max(part.planned_seconds(load) for part in self._trusted)
 
     def work_seconds(self, load: StepLoad) -> float:
-        """Planned time that all of a load adds to steps, whatever their range."""
+        """Planned time that all of a load adds to steps, whatever their range. The margin is that of
+        large steps: most of what makes small ones uneven is what they take anyway.
+        """
         small, large = self.memory_bound, self.compute_bound
         if not large.is_trusted:
             return small.planned_added_seconds(load)
+        planned_s = large.planned_added_seconds(load)
         if not small.is_trusted:
-            return large.planned_added_seconds(load)
-        return max(small.planned_added_seconds(load), large.planned_added_seconds(load))
+            return planned_s
+        margin = large.margin(has_prompts=load.has_prompts)
+        return max(planned_s, small.added_seconds(load) * (1 + margin))
 
     def expected_prefill_seconds(self, num_tokens: int, context: int) -> float:
         """The same without margin, in the range that prefers it."""

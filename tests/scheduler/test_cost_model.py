@@ -77,6 +77,23 @@ def test_what_makes_decodes_uneven_makes_no_prompt_dear():
     assert model.planned_seconds(chunk) < 1.06 * model.seconds(chunk)
 
 
+def test_small_steps_that_are_uneven_make_no_prompt_dear():
+    """The ends of prompts, beside a decode: what is uneven is the part that they take anyway."""
+    random, model = Random(3), StageModel(knee=32)
+    for _ in range(300):
+        end, chunk = StepLoad(), StepLoad()
+        end.add(1, 300)
+        end.add(random.randint(2, 16), 300)
+        chunk.add(random.randint(64, 128), random.randint(0, 500))
+        model.observe(end, true_seconds(end) + random.uniform(0.0, 12e-3))
+        model.observe(chunk, true_seconds(chunk) * random.uniform(0.97, 1.03))
+    prompt = StepLoad()
+    prompt.add(256, 0)
+    assert model.memory_bound.margin(has_prompts=True) > 0.15
+    added_s = true_seconds(prompt) - true_seconds(StepLoad())
+    assert model.work_seconds(prompt) == pytest.approx(added_s, rel=0.15)
+
+
 def test_no_coefficient_is_negative_where_features_go_together():
     random, model = Random(1), StageModel()
     for _ in range(300):  # Contexts all alike: their sum says no more than their number.
