@@ -17,7 +17,7 @@ DECODES_STRETCH = 2.0
 # Many waiting prompts may stretch it more: this part of all their tokens at a time (gLLM), while it
 # takes at most so many times what its decodes take.
 _STEPS_FOR_BACKLOG = 8
-_BACKLOG_STRETCH = 4.0
+_BACKLOG_STRETCH = 3.0
 _LARGEST_MOVE = 1.1
 
 
