@@ -40,16 +40,21 @@ class Sample(Struct, frozen=True):
 
 class Spread(Struct):
     """How far above their predictions, as a share of them, the last times of one kind of steps
-    were, newest last; and what planning adds for it, None while nothing is known of that kind.
+    were, newest last; and what planning adds for it.
     """
 
     residuals: list[float] = field(default_factory=list)
-    margin: float | None = None
+    margin: float = 0.0
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it has seen enough to say anything."""
+        return len(self.residuals) > 1
 
     def observe(self, residual: float) -> None:
         """One more step of that kind."""
         self.residuals = [*self.residuals[1 - _WINDOW :], residual]
-        if len(self.residuals) > 1:
+        if self.is_known:
             self.margin = margin_of(self.residuals)
 
     def is_outlier(self, residual: float) -> bool:
@@ -106,44 +111,46 @@ class RangeModel(Struct):
 
     def planned_added_seconds(self, load: StepLoad) -> float:
         """The same with margin."""
-        return self.added_seconds(load) * (1 + self.margin(has_prompts=load.has_prompts))
+        return self.added_seconds(load) * (1 + self.margin_for(load))
 
     def planned_seconds(self, load: StepLoad) -> float:
         """The time to plan with: nine steps of ten of that kind take less."""
-        return self.seconds(load) * (1 + self.margin(has_prompts=load.has_prompts))
+        return self.seconds(load) * (1 + self.margin_for(load))
 
-    def margin(self, *, has_prompts: bool) -> float:
-        """What planning adds for steps of that kind, as a share: as for the other kind if no more
-        is known.
-        """
-        own = self.spread(has_prompts=has_prompts).margin
-        if own is None:
-            own = self.spread(has_prompts=not has_prompts).margin
-        return own or 0.0
-
-    def spread(self, *, has_prompts: bool) -> Spread:
-        """Of steps with prompt tokens, or of those without."""
-        return self.with_prompts if has_prompts else self.only_decodes
+    def margin_for(self, load: StepLoad) -> float:
+        """What planning adds for such a step, as a share."""
+        return (self.with_prompts if load.num_prefill_tokens else self.only_decodes).margin
 
     def widen(self, margin: float) -> None:
         """Plan with this margin at least."""
         for spread in (self.with_prompts, self.only_decodes):
-            spread.margin = max(spread.margin or 0.0, margin)
+            spread.margin = max(spread.margin, margin)
 
     def observe(self, load: StepLoad, seconds: float) -> None:
         """Learn from one step, unless it is an outlier among the last ones.
 
         An outlier still counts as a residual: if many come, they are what steps now take.
         """
-        if self.is_trusted and (expected := self.seconds(load)) > 0:
-            residual, spread = seconds / expected - 1, self.spread(has_prompts=load.has_prompts)
-            is_outlier = spread.is_outlier(residual)
-            spread.observe(residual)
-            if is_outlier:
-                return
+        expected = self.seconds(load) if self.is_trusted else 0.0
+        if expected > 0 and self.note(load, seconds / expected - 1):
+            return
         self.learn(load, seconds)
         if self.num_samples == MIN_SAMPLES:
             self.fit.settle()
+
+    def note(self, load: StepLoad, residual: float) -> bool:
+        """How far above its prediction the time of a step was; returns whether it is an outlier.
+
+        Of a kind that nothing is known of, as much is thought as of the other one.
+        """
+        own, other = self.with_prompts, self.only_decodes
+        if not load.has_prompts:
+            own, other = other, own
+        is_outlier = own.is_outlier(residual)
+        own.observe(residual)
+        if not other.is_known:
+            other.margin = own.margin
+        return is_outlier
 
     def learn(self, load: StepLoad, seconds: float) -> None:
         """Take the sample into the fit."""
@@ -158,7 +165,7 @@ class RangeModel(Struct):
         """
         _, b, _, _, e = self.fit.coefficients
         b, e = max(b / _SCALES[1], LEAST_TOKEN_S), e / _SCALES[4]
-        left = seconds / (1 + self.margin(has_prompts=True)) - self.seconds(load)
+        left = seconds / (1 + self.with_prompts.margin) - self.seconds(load)
         slope = b + e * (context - 0.5)
         if left <= 0:
             return 0
@@ -198,8 +205,7 @@ class StageModel(Struct):
                 part.fit.settle()
         for sample in samples:
             part = model._model_of(sample.load.num_tokens)
-            spread = part.spread(has_prompts=sample.load.has_prompts)
-            spread.observe(sample.seconds / part.seconds(sample.load) - 1)
+            part.note(sample.load, sample.seconds / part.seconds(sample.load) - 1)
         return model
 
     def _squared_error(self, sample: Sample) -> float:
@@ -223,6 +229,11 @@ class StageModel(Struct):
         """The time to plan with."""
         return self._model_of(load.num_tokens).planned_seconds(load)
 
+    def least_margin(self, num_decodes: int, num_prefill_tokens: int) -> float:
+        """The less of what planning adds for so many decodes, and with such a chunk beside them."""
+        alone, mixed = self._model_of(num_decodes), self._model_of(num_decodes + num_prefill_tokens)
+        return min(alone.only_decodes.margin, mixed.with_prompts.margin)
+
     def most_seconds(self, load: StepLoad) -> float:
         """What no part of that load is planned to take longer than: ranges need not agree where
         they meet, and more tokens may seem to take less time.
@@ -232,8 +243,9 @@ class StageModel(Struct):
         return max(part.planned_seconds(load) for part in self._trusted)
 
     def work_seconds(self, load: StepLoad) -> float:
-        """Planned time that all of a load adds to steps, whatever their range. The margin is that of
-        large steps: most of what makes small ones uneven is what they take anyway.
+        """Planned time that all of a load adds to steps, whatever their range.
+
+        The margin is that of large steps: what makes small ones uneven is what they take anyway.
         """
         small, large = self.memory_bound, self.compute_bound
         if not large.is_trusted:
@@ -241,8 +253,7 @@ class StageModel(Struct):
         planned_s = large.planned_added_seconds(load)
         if not small.is_trusted:
             return planned_s
-        margin = large.margin(has_prompts=load.has_prompts)
-        return max(planned_s, small.added_seconds(load) * (1 + margin))
+        return max(planned_s, small.added_seconds(load) * (1 + large.margin_for(load)))
 
     def expected_prefill_seconds(self, num_tokens: int, context: int) -> float:
         """The same without margin, in the range that prefers it."""
@@ -325,6 +336,10 @@ class PipeModel(Struct):
     def step_seconds(self, load: StepLoad) -> float:
         """Planned time of the slowest stage: what each step adds to a busy pipe."""
         return max([stage.planned_seconds(load) for stage in self.stages])
+
+    def least_margin(self, num_decodes: int, num_prefill_tokens: int) -> float:
+        """The same of any stage."""
+        return min([s.least_margin(num_decodes, num_prefill_tokens) for s in self.stages])
 
     def most_step_seconds(self, load: StepLoad) -> float:
         """What no part of that load is planned to take longer than."""

@@ -98,10 +98,8 @@ class Door:
         if terms.seconds_per_token == inf or not self._pricing.model.is_ready:
             return
         pricing = self._pricing
-        decodes = pricing.share_of(len(book) + 1, book.num_tokens)
-        with_prompt = decodes.copy()
-        with_prompt.add_prefill(pricing.least_chunk, 0)
-        spread = min(pricing.spread_of(decodes), pricing.spread_of(with_prompt))
+        num_decodes = pricing.share_of(len(book) + 1, 0).num_decodes
+        spread = pricing.model.least_margin(num_decodes, pricing.least_chunk)
         of_mean = _SURE * spread / sqrt(num_later * pricing.max_in_flight)
         terms.seconds_per_token *= (1 + spread) / (1 + max(spread / 2, of_mean))
 

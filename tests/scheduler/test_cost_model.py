@@ -53,13 +53,13 @@ def test_an_exact_machine_is_found_exactly():
     model = trained(600)
     assert errors(model)[-1] < 0.01
     assert model.compute_bound.coefficients == pytest.approx(MACHINE, rel=0.1)
-    assert model.compute_bound.margin(has_prompts=True) < 0.01
+    assert model.compute_bound.with_prompts.margin < 0.01
 
 
 def test_noise_goes_into_the_margin_and_not_into_the_fit():
     model = trained(600, noise=0.2)
     assert errors(model)[100] < 0.05
-    assert 0.1 < model.compute_bound.margin(has_prompts=True) < 0.25
+    assert 0.1 < model.compute_bound.with_prompts.margin < 0.25
     load = random_load(Random(7))
     assert model.planned_seconds(load) > model.seconds(load)
 
@@ -89,7 +89,7 @@ def test_small_steps_that_are_uneven_make_no_prompt_dear():
         model.observe(chunk, true_seconds(chunk) * random.uniform(0.97, 1.03))
     prompt = StepLoad()
     prompt.add(256, 0)
-    assert model.memory_bound.margin(has_prompts=True) > 0.15
+    assert model.memory_bound.with_prompts.margin > 0.15
     added_s = true_seconds(prompt) - true_seconds(StepLoad())
     assert model.work_seconds(prompt) == pytest.approx(added_s, rel=0.15)
 

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shardline_scheduler import PipeModel, StageModel, StepLoad
-from shardline_scheduler.cost_model import RangeModel
+from shardline_scheduler.cost_model import RangeModel, Spread
 from shardline_server.engine_config import EngineConfig
 from shardline_server.plan.memory import StageMemory
 from shardline_server.plan.nodes import NodesPlan
@@ -131,9 +131,10 @@ def print_costs(console: Console, model: PipeModel) -> None:
         for row, (name, unit, factor) in enumerate(_UNITS):
             cells = [_coefficient(part, row, unit, factor) for part in ranges]
             table.add_row(name, *cells)
-        for kind, has_prompts in (("with prompts", True), ("of decodes only", False)):
-            margins = (_margin(part, has_prompts) for part in ranges)
-            table.add_row(f"nine of ten steps {kind} take", *margins)
+        with_prompts = (_margin(part, part.with_prompts) for part in ranges)
+        table.add_row("nine of ten steps with prompts take", *with_prompts)
+        only_decodes = (_margin(part, part.only_decodes) for part in ranges)
+        table.add_row("nine of ten steps of decodes only take", *only_decodes)
         table.add_row("steps learnt from", *(str(part.num_samples) for part in ranges))
         console.print(table)
 
@@ -142,9 +143,8 @@ def _coefficient(part: RangeModel, index: int, unit: str, factor: float) -> str:
     return f"{part.coefficients[index] * factor:.3f} {unit}" if part.is_trusted else "not yet known"
 
 
-def _margin(part: RangeModel, has_prompts: bool) -> str:
-    margin = part.margin(has_prompts=has_prompts)
-    return f"up to {margin:+.1%}" if part.is_trusted else "not yet known"
+def _margin(part: RangeModel, spread: Spread) -> str:
+    return f"up to {spread.margin:+.1%}" if part.is_trusted else "not yet known"
 
 
 def _times(stage: StageModel, load: StepLoad) -> str:
