@@ -78,12 +78,13 @@ class Pricing:
         (m + p - 1) (S / m + o), which is least for m = √((p - 1) S / o). One stage takes them at
         once: infinity.
         """
-        model = self.model
-        whole_s, least_s = model.prefill_seconds(num_tokens, context), model.step_seconds(decodes)
-        most_steps = max(1, num_tokens // self.least_chunk)
-        num_behind = len(model.stages) - 1
-        if not num_behind or not whole_s:
+        model, num_behind = self.model, len(self.model.stages) - 1
+        if not num_behind:
             return inf
+        whole_s, least_s = model.prefill_seconds(num_tokens, context), model.step_seconds(decodes)
+        if not whole_s:
+            return inf
+        most_steps = max(1, num_tokens // self.least_chunk)
         num_steps = sqrt(num_behind * whole_s / least_s) if least_s else inf
         return least_s + whole_s / min(max(1.0, num_steps), most_steps)
 

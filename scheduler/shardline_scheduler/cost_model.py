@@ -230,7 +230,7 @@ class StageModel(Struct):
         return self._model_of(load.num_tokens).planned_seconds(load)
 
     def least_margin(self, num_decodes: int, num_prefill_tokens: int) -> float:
-        """The less of what planning adds for so many decodes, and with such a chunk beside them."""
+        """The less of what planning adds for so many decodes, alone or with such a chunk."""
         alone, mixed = self._model_of(num_decodes), self._model_of(num_decodes + num_prefill_tokens)
         return min(alone.only_decodes.margin, mixed.with_prompts.margin)
 
@@ -338,7 +338,9 @@ class PipeModel(Struct):
         return max([stage.planned_seconds(load) for stage in self.stages])
 
     def least_margin(self, num_decodes: int, num_prefill_tokens: int) -> float:
-        """The same of any stage."""
+        """The least, over the stages, of what planning adds for so many decodes, alone or with such
+        a chunk; as a share.
+        """
         return min([s.least_margin(num_decodes, num_prefill_tokens) for s in self.stages])
 
     def most_step_seconds(self, load: StepLoad) -> float:

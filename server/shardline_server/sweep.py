@@ -159,9 +159,10 @@ class Sweep:
 
     def _run(self, shape: Shape) -> None:
         shared = self._prompt(shape.num_shared)
-        for end in range(_PART, shape.num_shared + 1, _PART):
-            self._add(shared[:end], 1)
-            self._finish()
+        if self._scheduler.config.enable_prefix_cache:
+            for end in range(_PART, shape.num_shared + 1, _PART):
+                self._add(shared[:end], 1)
+                self._finish()
         for _ in range(shape.count):
             prompt = shared + self._prompt(shape.num_own)
             self._add(prompt, shape.num_outputs)
