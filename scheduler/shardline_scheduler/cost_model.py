@@ -66,7 +66,7 @@ class Spread(Struct):
         return abs(residual - median) > _OUTLIER_MADS * max(mad, _LEAST_MAD)
 
 
-class RangeModel(Struct):
+class RangeModel(Struct, forbid_unknown_fields=True):
     """The fit of one range of steps of one stage, and the spread of those with prompt tokens and of
     those with nothing but decodes.
 

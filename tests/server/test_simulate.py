@@ -215,6 +215,10 @@ def test_costs_that_a_server_kept_are_found(tmp_path: Path) -> None:
     assert "no server has kept what steps of 3 stages cost" in result.output
     result = CliRunner().invoke(main, [*words, "--costs", str(kept), "--stages", "3"])
     assert "is of 2 stages and --stages is 3" in result.output
+    kept.write_bytes(kept.read_bytes().replace(b'"only_decodes":', b'"residuals":'))
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 2, "what another version has kept is taken in part, without a word"
+    assert "unknown field `residuals`" in result.output and "serve the model again" in result.output
     kept.write_bytes(b"{}")
     result = CliRunner().invoke(main, words)
     assert "holds no costs of steps" in result.output

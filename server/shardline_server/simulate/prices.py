@@ -24,7 +24,10 @@ def read_costs(path: Path, num_stages: int | None) -> PipeModel:
     try:
         model = msgspec.json.decode(path.read_bytes(), type=PipeModel)
     except (OSError, msgspec.DecodeError) as error:
-        raise ConfigError(f"{path} holds no costs of steps: {error}") from error
+        raise ConfigError(
+            f"{path} holds no costs of steps that this version can read: {error}; "
+            "serve the model again, or remove it"
+        ) from error
     if not model.is_ready:
         raise ConfigError(f"{path}: too few steps have been measured; serve some requests first")
     return _repeated(model, num_stages, str(path))
