@@ -1,6 +1,8 @@
 """Which models the kernel takes whole, what makes it refuse, and that a row's result is its own."""
 
 import logging
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,14 @@ def test_the_kernel_takes_the_families_that_it_computes(family: str, tmp_path: P
     assert stage.is_fused == (family in FUSED_FAMILIES)
 
 
+@pytest.fixture
+def set_num_threads() -> Iterator[Callable[[int], None]]:
+    """Sets how many threads compute, for as long as the test takes."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 class Doubled(nn.Module):
     """A change inside a layer that nothing but the numbers can tell."""
 
@@ -125,6 +135,22 @@ def test_bf16_is_as_good_as_the_library_s_own_products(
     assert fused.is_fused
     ours, theirs = (run(stage, lengths).sub(exact).abs().mean() for stage in (fused, modules))
     assert ours <= 1.5 * theirs
+
+
+@pytest.mark.parametrize("lengths", [[1], [1, 1, 1, 1, 1], [6], [40, 1, 9]], ids=str)
+def test_threads_that_lose_their_cores_are_not_waited_for_and_change_nothing(
+    tmp_path: Path, lengths: list[int], set_num_threads: Callable[[int], None]
+) -> None:
+    """There are many more threads than cores, so most of them stand still in the midst of a task
+    that others do meanwhile, and go on with it when that is long past.
+    """
+    stage = Stage(build(save_tiny("qwen3", tmp_path, **WHOLE_TILES), torch.bfloat16), CPU)
+    assert stage.is_fused
+    set_num_threads(1)
+    alone = run(stage, lengths)
+    set_num_threads(8 * (os.cpu_count() or 1))
+    for _ in range(30):
+        assert torch.equal(run(stage, lengths), alone)
 
 
 def test_positions_beyond_the_first_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,16 @@ auto with_dtype(at::ScalarType dtype, const Run& run) {
   }
 }
 
+// Calls `run` in as many threads as torch may use, each of which is a member of the team.
+template <typename Run>
+void run_by(Team& team, const Run& run) {
+#pragma omp parallel
+  {
+    Member member(team, omp_get_thread_num(), omp_get_num_threads());
+    run(member);
+  }
+}
+
 const float* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr<float>() : nullptr;
 }
@@ -281,21 +291,22 @@ class DecoderStack : public torch::CustomClassHolder {
     Tensor output = logit_indexes.has_value() ? new_logits(head.num_rows)
                                               : at::empty(hidden.sizes(), hidden.options());
     const T* from = hidden.const_data_ptr<T>();
+    const int64_t num_rows = hidden.size(0), width = shape_.hidden_size;
     float* states = decoder.hidden();
-#pragma omp parallel
-    {
-      const int thread = omp_get_thread_num(), num_threads = omp_get_num_threads();
-      const int64_t begin = hidden.numel() * thread / num_threads;
-      const int64_t end = hidden.numel() * (thread + 1) / num_threads;
-      widen_row(from + begin, states + begin, end - begin);
-      decoder.team().meet(num_threads);
-      decoder.run_layers(memory, thread, num_threads);
+    const int num_threads = at::get_num_threads();
+    Team team(std::max(decoder.most_tasks(num_threads), head.most_tasks(num_threads)));
+    run_by(team, [&](Member& member) {
+      member.share_in_parts(num_rows, [&](int64_t row) {
+        widen_row(from + row * width, states + row * width, width);
+      });
+      decoder.run_layers(memory, member);
       if (logit_indexes.has_value()) {
-        head.run(shape_, states, output.mutable_data_ptr<float>(), thread, num_threads);
-      } else {
-        narrow_row(states + begin, output.mutable_data_ptr<T>() + begin, end - begin);
+        return head.run(shape_, states, output.mutable_data_ptr<float>(), member);
       }
-    }
+      member.share_in_parts(num_rows, [&](int64_t row) {
+        narrow_row(states + row * width, output.mutable_data_ptr<T>() + row * width, width);
+      });
+    });
     decoder.rethrow();
     return output;
   }
@@ -308,11 +319,10 @@ class DecoderStack : public torch::CustomClassHolder {
     const float* from = hidden.const_data_ptr<float>();
     float* to = output.mutable_data_ptr<float>();
     std::copy(from, from + hidden.numel(), decoder.hidden());
-#pragma omp parallel
-    {
-      decoder.run_half(
-          half, adds_input ? from : nullptr, to, omp_get_thread_num(), omp_get_num_threads());
-    }
+    Team team(decoder.most_tasks(at::get_num_threads()));
+    run_by(team, [&](Member& member) {
+      decoder.run_half(half, adds_input ? from : nullptr, to, member);
+    });
     return output;
   }
 
@@ -321,12 +331,11 @@ class DecoderStack : public torch::CustomClassHolder {
     HeadStep<T> head;
     fill_head(head, logit_indexes);
     Tensor output = new_logits(head.num_rows);
-#pragma omp parallel
-    {
+    Team team(head.most_tasks(at::get_num_threads()));
+    run_by(team, [&](Member& member) {
       head.run(
-          shape_, hidden.const_data_ptr<float>(), output.mutable_data_ptr<float>(),
-          omp_get_thread_num(), omp_get_num_threads());
-    }
+          shape_, hidden.const_data_ptr<float>(), output.mutable_data_ptr<float>(), member);
+    });
     return output;
   }
 

@@ -1,7 +1,7 @@
 // One step through the decoder layers of a stage, for models laid out like llama: RMS norm, rotary
 // attention over grouped heads, RMS norm, SwiGLU; biases and norms of queries and keys as given.
 //
-// All threads go through all layers together and meet between phases. Hidden states stay fp32 from
+// All threads of a team go through all layers together, phase by phase. Hidden states stay fp32 from
 // the first layer to the last; what enters a product is rounded to the weights' dtype.
 
 #pragma once
@@ -17,8 +17,6 @@
 #include "team.h"
 
 namespace {
-
-constexpr int64_t kFewRows = 8;  // so few rows every thread normalises for itself
 
 struct StackShape {
   int64_t hidden_size, num_heads, num_kv_heads, head_dim;
@@ -99,22 +97,35 @@ class DecoderStep {
 
   // `hidden` [num_rows, hidden_size]: in, and in place out
   float* hidden() { return buffers_.hidden.data(); }
-  Team& team() { return team_; }
 
-  // By each of `num_threads` threads. With `memory` this rank holds a part of the weights, and what
+  // The most tasks that a phase has.
+  int64_t most_tasks(int num_threads) const {
+    int64_t most = num_threads;
+    for (const Layer<T>& layer : layers_) {
+      for (const Packed<T>* weights : {&layer.qkv, &layer.output, &layer.gate_up, &layer.down}) {
+        most = std::max(most, weights->num_groups);
+      }
+    }
+    for (const auto& [window, attention] : attention_) {
+      most = std::max(most, attention->num_tasks());
+    }
+    return most;
+  }
+
+  // By each thread of the team. With `memory` this rank holds a part of the weights, and what
   // the ranks have is summed after each half of a layer; the hidden states themselves count once.
-  void run_layers(SharedMemory* memory, int thread, int num_threads) {
+  void run_layers(SharedMemory* memory, Member& member) {
     const bool adds_input = memory == nullptr || memory->rank() == 0;
     const int64_t num_halves = 2 * static_cast<int64_t>(layers_.size());
-    for (int64_t half = 0; half < num_halves && error_ == nullptr; ++half) {
-      run_half(half, adds_input ? hidden() : nullptr, hidden(), thread, num_threads);
+    for (int64_t half = 0; half < num_halves; ++half) {
+      run_half(half, adds_input ? hidden() : nullptr, hidden(), member);
       if (memory != nullptr) {
-        sum_over_ranks(*memory, thread, num_threads);
+        sum_over_ranks(*memory, member);
       }
     }
   }
 
-  // Threads cannot throw; what ended their work early is thrown here, when they are done.
+  // Threads cannot throw; what went wrong in one of them is thrown here, when they are done.
   void rethrow() {
     if (error_ != nullptr) {
       std::rethrow_exception(error_);
@@ -122,12 +133,12 @@ class DecoderStep {
   }
 
   // Half 2i is layer i's attention, half 2i + 1 its MLP: to = from + what it yields from `hidden`.
-  void run_half(int64_t half, const float* from, float* to, int thread, int num_threads) {
+  void run_half(int64_t half, const float* from, float* to, Member& member) {
     const Layer<T>& layer = layers_[half / 2];
     if (half % 2 == 0) {
-      run_attention(layer, from, to, thread, num_threads);
+      run_attention(layer, from, to, member);
     } else {
-      run_mlp(layer, from, to, thread, num_threads);
+      run_mlp(layer, from, to, member);
     }
   }
 
@@ -189,61 +200,57 @@ class DecoderStep {
     return nullptr;
   }
 
-  void sum_over_ranks(SharedMemory& memory, int thread, int num_threads) {
-    if (thread == 0) {
-      try {
-        memory.all_reduce(hidden(), step_.num_rows * shape_.hidden_size);
-      } catch (...) {
-        error_ = std::current_exception();
+  void sum_over_ranks(SharedMemory& memory, Member& member) {
+    member.share(1, [&](int64_t, Turn& turn) {
+      if (turn.take() && error_ == nullptr) {
+        try {
+          memory.all_reduce(hidden(), step_.num_rows * shape_.hidden_size);
+        } catch (...) {
+          error_ = std::current_exception();
+        }
       }
-    }
-    team_.meet(num_threads);
+    });
   }
 
   // Attention's part of a layer: to = from + what it yields, where `to` and `from` may be the same
   // and `from` null for none; likewise below.
-  void run_attention(
-      const Layer<T>& layer, const float* from, float* to, int thread, int num_threads) {
+  void run_attention(const Layer<T>& layer, const float* from, float* to, Member& member) {
     const int64_t width = shape_.query_size() + 2 * shape_.kv_size();
     multiply_packed(
-        layer.qkv, normed(layer.input_norm, thread, num_threads), normed_stride(), step_.num_rows,
-        thread, num_threads, [&](int64_t row, int64_t column, const auto& sums) {
+        layer.qkv, normed(layer.input_norm, member), normed_stride(), step_.num_rows, member,
+        [&](int64_t row, int64_t column, const auto& sums) {
           store_sums(sums, layer.qkv_bias, buffers_.qkv.data() + row * width, column, width);
         });
-    team_.meet(num_threads);
-    place_heads(layer, thread, num_threads);
-    team_.meet(num_threads);
-    attend(layer, thread, num_threads);
+    member.share_in_parts(step_.num_rows, [&](int64_t row) { place_heads(layer, row); });
+    with_problem(layer, [&](const auto& p) { find_attention(layer)->work(p, member); });
     add_product(
-        layer.output, buffers_.attended.data(), shape_.query_size(), from, to, thread, num_threads);
+        layer.output, buffers_.attended.data(), shape_.query_size(), from, to, member);
   }
 
-  void run_mlp(
-      const Layer<T>& layer, const float* from, float* to, int thread, int num_threads) {
+  void run_mlp(const Layer<T>& layer, const float* from, float* to, Member& member) {
     multiply_packed(
-        layer.gate_up, normed(layer.mlp_norm, thread, num_threads), normed_stride(),
-        step_.num_rows, thread, num_threads,
+        layer.gate_up, normed(layer.mlp_norm, member), normed_stride(), step_.num_rows, member,
         [&](int64_t row, int64_t column, const auto& sums) {
           store_gated(sums, buffers_.active.data() + row * active_stride(), column / 2, layer);
         });
-    team_.meet(num_threads);
-    add_product(
-        layer.down, buffers_.active.data(), active_stride(), from, to, thread, num_threads);
+    add_product(layer.down, buffers_.active.data(), active_stride(), from, to, member);
   }
 
-  // The normed hidden states; few rows as this thread's own copy, which saves a meeting.
-  const T* normed(const float* weight, int thread, int num_threads) {
-    const bool is_few = step_.num_rows <= kFewRows;
-    T* out = is_few ? buffers_.own_normed[thread].data() : buffers_.normed.data();
-    const int64_t begin = is_few ? 0 : step_.num_rows * thread / num_threads;
-    const int64_t end = is_few ? step_.num_rows : step_.num_rows * (thread + 1) / num_threads;
-    for (int64_t row = begin; row < end; ++row) {
+  // The normed hidden states; few rows as this thread's own copy, which saves a phase.
+  const T* normed(const float* weight, Member& member) {
+    const auto normalise_row = [&](int64_t row, T* out) {
       normalise(
           hidden() + row * shape_.hidden_size, weight, out + row * normed_stride(),
           shape_.hidden_size, shape_.eps);
+    };
+    if (step_.num_rows > kFewRows) {
+      T* out = buffers_.normed.data();
+      member.share_in_parts(step_.num_rows, [&](int64_t row) { normalise_row(row, out); });
+      return out;
     }
-    if (!is_few) {
-      team_.meet(num_threads);
+    T* out = buffers_.own_normed[member.thread()].data();
+    for (int64_t row = 0; row < step_.num_rows; ++row) {
+      normalise_row(row, out);
     }
     return out;
   }
@@ -258,20 +265,16 @@ class DecoderStep {
   }
 
   // Norms and rotates queries and keys, and puts keys and values where they belong.
-  void place_heads(const Layer<T>& layer, int thread, int num_threads) {
-    const int64_t num_rows = step_.num_rows, dim = shape_.head_dim;
-    const int64_t width = shape_.query_size() + 2 * shape_.kv_size();
-    const int64_t end = num_rows * (thread + 1) / num_threads;
-    for (int64_t row = num_rows * thread / num_threads; row < end; ++row) {
-      float* heads = buffers_.qkv.data() + row * width;
-      const float *cos = step_.cos + row * dim, *sin = step_.sin + row * dim;
-      T* query = buffers_.query.data() + row * shape_.query_size();
-      place(heads, shape_.num_heads, layer.query_norm, cos, sin, query);
-      heads += shape_.query_size();
-      const int64_t place_in_pool = step_.pool.place_of_slot(step_.slots[row]);
-      place(heads, shape_.num_kv_heads, layer.key_norm, cos, sin, layer.key + place_in_pool);
-      narrow_row(heads + shape_.kv_size(), layer.value + place_in_pool, shape_.kv_size());
-    }
+  void place_heads(const Layer<T>& layer, int64_t row) {
+    const int64_t dim = shape_.head_dim, width = shape_.query_size() + 2 * shape_.kv_size();
+    float* heads = buffers_.qkv.data() + row * width;
+    const float *cos = step_.cos + row * dim, *sin = step_.sin + row * dim;
+    T* query = buffers_.query.data() + row * shape_.query_size();
+    place(heads, shape_.num_heads, layer.query_norm, cos, sin, query);
+    heads += shape_.query_size();
+    const int64_t place_in_pool = step_.pool.place_of_slot(step_.slots[row]);
+    place(heads, shape_.num_kv_heads, layer.key_norm, cos, sin, layer.key + place_in_pool);
+    narrow_row(heads + shape_.kv_size(), layer.value + place_in_pool, shape_.kv_size());
   }
 
   void place(
@@ -285,40 +288,23 @@ class DecoderStep {
     }
   }
 
-  void attend(const Layer<T>& layer, int thread, int num_threads) {
-    Attention& attention = *find_attention(layer);
-    with_problem(layer, [&](const auto& p) {
-      attention.work(p);
-      team_.meet(num_threads);
-      if (thread == 0) {
-        attention.finish(p);
-        attention.restart();
-      }
-    });
-    if (attention.has_pieces()) {
-      team_.meet(num_threads);
-    }
-  }
-
   // to = from + input * weights^T
   void add_product(
       const Packed<T>& weights, const T* input, int64_t stride, const float* from, float* to,
-      int thread, int num_threads) {
+      Member& member) {
     const int64_t width = shape_.hidden_size;
     multiply_packed(
-        weights, input, stride, step_.num_rows, thread, num_threads,
+        weights, input, stride, step_.num_rows, member,
         [&](int64_t row, int64_t column, const auto& sums) {
           const float* added = from == nullptr ? nullptr : from + row * width;
           store_sums(sums, added, to + row * width, column, width);
         });
-    team_.meet(num_threads);
   }
 
   const StackShape& shape_;
   const std::vector<Layer<T>>& layers_;
   const StepShape& step_;
   Buffers<T>& buffers_;
-  Team team_;
   std::exception_ptr error_;
   std::vector<std::pair<int64_t, std::unique_ptr<Attention>>> attention_;
 };
@@ -331,21 +317,22 @@ struct HeadStep {
   const int64_t* indexes = nullptr;
   int64_t num_rows = 0;
   Lines<T> normed;  // [num_rows, what products read]
-  Team team;
 
-  // By each of `num_threads` threads: logits [num_rows, num_outputs].
-  void run(
-      const StackShape& shape, const float* hidden, float* logits, int thread, int num_threads) {
+  // The most tasks that a phase has.
+  int64_t most_tasks(int num_threads) const {
+    return std::max<int64_t>(num_threads, weights.num_groups);
+  }
+
+  // By each thread of a team: logits [num_rows, num_outputs].
+  void run(const StackShape& shape, const float* hidden, float* logits, Member& member) {
     const int64_t stride = weights.input_stride(), width = weights.num_outputs;
-    const int64_t end = num_rows * (thread + 1) / num_threads;
-    for (int64_t row = num_rows * thread / num_threads; row < end; ++row) {
+    member.share_in_parts(num_rows, [&](int64_t row) {
       normalise(
           hidden + indexes[row] * shape.hidden_size, norm, normed.data() + row * stride,
           shape.hidden_size, shape.eps);
-    }
-    team.meet(num_threads);
+    });
     multiply_packed(
-        weights, normed.data(), stride, num_rows, thread, num_threads,
+        weights, normed.data(), stride, num_rows, member,
         [&](int64_t row, int64_t column, const auto& sums) {
           store_sums(sums, nullptr, logits + row * width, column, width);
         });

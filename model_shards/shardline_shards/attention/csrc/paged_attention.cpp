@@ -20,10 +20,13 @@ template <typename P>
 void attend_all(const P& p) {
   const int64_t num_threads = at::get_num_threads();
   Attention attention(p, num_threads);
-  at::parallel_for(0, std::min(num_threads, attention.num_tasks()), 1, [&](int64_t, int64_t) {
-    attention.work(p);
+  Team team(attention.num_tasks());
+  at::parallel_for(0, num_threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      Member member(team, thread, num_threads);
+      attention.work(p, member);
+    }
   });
-  attention.finish(p);
 }
 
 // ---- the operators -----------------------------------------------------------------------------
@@ -55,8 +58,9 @@ void check_indexes(const Tensor& indexes, int64_t dim, at::ScalarType dtype) {
       "index tensors are contiguous, with the dims and dtypes of PagedBatch");
 }
 
+// Threads cannot throw: what they would trip over is found before they start.
 template <typename P>
-void check_lengths(const P& p, int64_t num_tokens) {
+void check_sequences(const P& p, int64_t num_tokens) {
   TORCH_CHECK(
       p.query_start[0] == 0 && p.query_start[p.num_sequences] == num_tokens,
       "query_start covers all query tokens");
@@ -65,6 +69,10 @@ void check_lengths(const P& p, int64_t num_tokens) {
     TORCH_CHECK(
         p.query_len(i) >= 0 && p.query_len(i) <= p.kv_lens[i] && p.kv_lens[i] <= room, "sequence ",
         i, " has ", p.query_len(i), " query tokens, ", p.kv_lens[i], " tokens, room for ", room);
+    for (int64_t block = 0; block < divide_up(p.kv_lens[i], p.pool.block_size); ++block) {
+      const int64_t id = p.block_tables[i * p.max_blocks + block];
+      TORCH_CHECK(id >= 0 && id < p.pool.num_blocks, "block ", id, " does not exist");
+    }
   }
 }
 
@@ -104,7 +112,7 @@ Tensor paged_attend(
     p.scaling = static_cast<float>(scaling);
     p.softcap = static_cast<float>(softcap.value_or(0.0));
     p.window = window.value_or(std::numeric_limits<int32_t>::max());
-    check_lengths(p, query.size(0));
+    check_sequences(p, query.size(0));
     attend_all(p);
   };
   dispatch(query.scalar_type(), [&](auto zero) {

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <vector>
 
+#include "team.h"
 #include "tiles.h"
 #include "vector_math.h"
 
@@ -30,6 +31,8 @@ constexpr int64_t kDepth = kPairs<T> ? 2 : 1;
 // What a product reads its input as: pairs as they are, the rest widened once for all columns.
 template <typename T>
 using Input = std::conditional_t<kPairs<T>, T, float>;
+
+constexpr int64_t kFewRows = 8;  // so few that a group takes microseconds
 
 constexpr int kNumRegisters = kLanes == 8 ? 16 : 32;
 constexpr int64_t kRowBlockBytes = 1 << 18;      // of input that stays in a core's cache
@@ -264,14 +267,11 @@ void multiply_groups(
       input, stride, num_rows, kMax, kRowBlockBytes, group_begin, group_end, multiply);
 }
 
-// One thread's part of a product: `store(row, first column, vectors of a group)` takes the sums.
-// `input` [num_rows, stride] is zero from K to the stride, which is even where pairs are multiplied.
+// Groups [begin, end) of a product; the others are as in `multiply_packed`.
 template <typename T, typename Store>
-void multiply_packed(
-    const Packed<T>& w, const T* input, int64_t stride, int64_t num_rows, int thread,
-    int num_threads, const Store& store) {
-  const int64_t begin = w.num_groups * thread / num_threads;
-  const int64_t end = w.num_groups * (thread + 1) / num_threads;
+void multiply_some(
+    const Packed<T>& w, const T* input, int64_t stride, int64_t num_rows, int64_t begin,
+    int64_t end, const Store& store) {
   using Two = std::integral_constant<int, 2>;
   using Three = std::integral_constant<int, 3>;
   using Four = std::integral_constant<int, 4>;
@@ -294,6 +294,31 @@ void multiply_packed(
     return run(Three());
   }
   run(Four());
+}
+
+// A product, by a team: `store(row, first column, vectors of a group)` takes the sums. `input`
+// [num_rows, stride] is zero from K to the stride, which is even where pairs are multiplied. Of few
+// rows a group is a task, that another thread may compute again; of more, what one thread computes.
+template <typename T, typename Store>
+void multiply_packed(
+    const Packed<T>& w, const T* input, int64_t stride, int64_t num_rows, Member& member,
+    const Store& store) {
+  const bool is_quick = num_rows <= kFewRows;
+  const int64_t num_tasks = is_quick ? w.num_groups : member.num_threads();
+  member.share(num_tasks, [&](int64_t task, Turn& turn) {
+    if (!is_quick && !turn.take()) {
+      return;
+    }
+    const int64_t begin = w.num_groups * task / num_tasks;
+    const int64_t end = w.num_groups * (task + 1) / num_tasks;
+    multiply_some(
+        w, input, stride, num_rows, begin, end,
+        [&](int64_t row, int64_t column, const auto& sums) {
+          if (turn.take()) {
+            store(row, column, sums);
+          }
+        });
+  });
 }
 
 }  // namespace

@@ -2,10 +2,9 @@
 
 #pragma once
 
-#include <atomic>
-
 #include "bf16_walk.h"
 #include "lone_walk.h"
+#include "team.h"
 
 namespace {
 
@@ -109,11 +108,11 @@ State& run_task(const P& p, const Task& task, const Task* then, Scratch& s) {
   return s.state;
 }
 
-// All tasks of one layer of one step. Threads call `work`; when all are done, one calls `finish`.
+// All tasks of one layer of one step.
 class Attention {
  public:
   template <typename P>
-  Attention(const P& p, int64_t num_threads) : num_threads_(num_threads) {
+  Attention(const P& p, int64_t num_threads) {
     const LonePlan lone(p, num_threads);
     for (int64_t sequence = 0; sequence < p.num_sequences; ++sequence) {
       if (p.query_len(sequence) == 1) {
@@ -122,55 +121,59 @@ class Attention {
         plan_chunk(p, sequence, tasks_);
       }
     }
-    for (const Task& task : tasks_) {
-      has_pieces_ = has_pieces_ || task.num_pieces > 1;
+    for (int64_t i = 0; i < num_tasks(); i += tasks_[i].num_pieces) {
+      if (tasks_[i].num_pieces > 1) {
+        first_pieces_.push_back(i);
+      }
     }
-    pieces_.resize(has_pieces_ ? tasks_.size() : 0);
+    pieces_.resize(first_pieces_.empty() ? 0 : tasks_.size());
   }
 
   int64_t num_tasks() const { return static_cast<int64_t>(tasks_.size()); }
-  bool has_pieces() const { return has_pieces_; }
 
-  // For the next layer; by one thread, while none works.
-  void restart() { next_.store(0, std::memory_order_relaxed); }
-
+  // By each thread of a team.
   template <typename P>
-  void work(const P& p) {
-    Scratch& scratch = thread_scratch();
-    for (int64_t i = next_++; i < num_tasks(); i = next_++) {
-      const int64_t then = i + num_threads_;
-      State& state =
-          run_task(p, tasks_[i], then < num_tasks() ? &tasks_[then] : nullptr, scratch);
-      if (tasks_[i].num_pieces == 1) {
-        store_output(p, tasks_[i], state);
-      } else {
-        std::swap(pieces_[i], state);
+  void work(const P& p, Member& member) {
+    member.share(num_tasks(), [&](int64_t i, Turn& turn) { run(p, i, turn); });
+    const int64_t num_cut = static_cast<int64_t>(first_pieces_.size());
+    member.share(num_cut, [&](int64_t i, Turn& turn) {
+      if (turn.take()) {
+        add_up(p, first_pieces_[i]);
       }
-    }
-  }
-
-  template <typename P>
-  void finish(const P& p) {
-    if (!has_pieces_) {
-      return;
-    }
-    for (int64_t i = 0; i < num_tasks(); i += tasks_[i].num_pieces) {
-      if (tasks_[i].num_pieces == 1) {
-        continue;
-      }
-      for (int64_t piece = 1; piece < tasks_[i].num_pieces; ++piece) {
-        merge(pieces_[i], pieces_[i + piece], p.padded());
-      }
-      store_output(p, tasks_[i], pieces_[i]);
-    }
+    });
   }
 
  private:
-  int64_t num_threads_;
+  // Tiles of a chunk take so long that nobody else begins one that has been begun.
+  template <typename P>
+  void run(const P& p, int64_t i, Turn& turn) {
+    const Task& task = tasks_[i];
+    if (task.num_tokens > 1 && !turn.take()) {
+      return;
+    }
+    const Task* then = i + 1 < num_tasks() ? &tasks_[i + 1] : nullptr;
+    State& state = run_task(p, task, then, thread_scratch());
+    if (!turn.take()) {
+      return;
+    }
+    if (task.num_pieces == 1) {
+      store_output(p, task, state);
+    } else {
+      std::swap(pieces_[i], state);
+    }
+  }
+
+  template <typename P>
+  void add_up(const P& p, int64_t first) {
+    for (int64_t piece = 1; piece < tasks_[first].num_pieces; ++piece) {
+      merge(pieces_[first], pieces_[first + piece], p.padded());
+    }
+    store_output(p, tasks_[first], pieces_[first]);
+  }
+
   std::vector<Task> tasks_;
-  std::vector<State> pieces_;
-  bool has_pieces_ = false;
-  std::atomic<int64_t> next_{0};
+  std::vector<int64_t> first_pieces_;  // of those whose keys are the tasks of several
+  std::vector<State> pieces_;          // by task
 };
 
 }  // namespace

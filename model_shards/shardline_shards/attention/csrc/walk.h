@@ -4,8 +4,6 @@
 
 #pragma once
 
-#include <c10/util/Exception.h>
-
 #include "problem.h"
 #include "rows.h"
 
@@ -34,7 +32,6 @@ void place_keys(const P& p, int64_t sequence, int64_t start, int64_t count, int6
   int64_t token = start % p.pool.block_size;
   for (int64_t j = 0, index = start / p.pool.block_size; j < count; ++index, token = 0) {
     const int64_t block = table[index];
-    TORCH_CHECK(block >= 0 && block < p.pool.num_blocks, "block ", block, " does not exist");
     const int64_t end = std::min(count, j + p.pool.block_size - token);
     for (; j < end; ++token, ++j) {
       offsets[j] = p.pool.place(block, token);
