@@ -121,41 +121,48 @@ class BatchBuilder:
     device: torch.device
 
     def build(self, plan: StepPlan, requests: RequestTable) -> StepBatch:
-        """The tensors of `plan`, which has been applied to `requests` and schedules something."""
-        scheduled = plan.scheduled
-        starts = np.array([entry.num_computed_tokens for entry in scheduled])
-        lengths = np.array([entry.num_scheduled_tokens for entry in scheduled])
-        query_start = np.concatenate(([0], np.cumsum(lengths)))
-        tables = _block_tables([requests[entry.request_index].block_ids for entry in scheduled])
-        sequence = np.repeat(np.arange(len(scheduled)), lengths)
-        positions = np.arange(query_start[-1]) - query_start[sequence] + starts[sequence]
-        blocks = tables[sequence, positions // self.block_size].astype(np.int64)
+        """The tensors of `plan`, which has been applied to `requests` and schedules something.
+
+        Everything is a list first: between two steps the caches hold weights, and one loop is
+        back in them sooner than a dozen of numpy's functions.
+        """
+        scheduled, size = plan.scheduled, self.block_size
+        tables = [requests[entry.request_index].block_ids for entry in scheduled]
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        query_start, kv_lens = [0], []
+        for entry, blocks in zip(scheduled, tables, strict=True):
+            start = entry.num_computed_tokens
+            end = start + entry.num_scheduled_tokens
+            token_ids += requests[entry.request_index].token_ids[start:end]
+            positions += range(start, end)
+            slots += [blocks[i // size] * size + i % size for i in range(start, end)]
+            query_start.append(len(positions))
+            kv_lens.append(end)
         rows, indexes = _logit_rows(scheduled, query_start, requests)
-        kv_lens = starts + lengths
         arrays = (
-            _token_ids(scheduled, requests),
-            positions,
+            np.array(token_ids, dtype=np.int64),
+            np.array(positions, dtype=np.int64),
             np.array(indexes, dtype=np.int64),
-            query_start.astype(np.int32),
-            kv_lens.astype(np.int32),
-            tables,
-            blocks * self.block_size + positions % self.block_size,
+            np.array(query_start, dtype=np.int32),
+            np.array(kv_lens, dtype=np.int32),
+            _block_tables(tables),
+            np.array(slots, dtype=np.int64),
         )
-        token_ids, place, logit_indexes, first, lens, block_tables, slots = upload(
-            arrays, self.device
-        )
+        ids, places, logit_indexes, first, lens, block_tables, to = upload(arrays, self.device)
         return StepBatch(
-            input_ids=token_ids,
-            positions=place,
+            input_ids=ids,
+            positions=places,
             logit_indexes=logit_indexes,
             rows=rows,
             paged=PagedBatch(
                 query_start=first,
                 kv_lens=lens,
                 block_tables=block_tables,
-                slots=slots,
-                max_query_len=int(lengths.max()),
-                max_kv_len=int(kv_lens.max()),
+                slots=to,
+                max_query_len=max(entry.num_scheduled_tokens for entry in scheduled),
+                max_kv_len=max(kv_lens),
                 kv_layers=self.kv_layers,
                 backend=self.backend,
             ),
@@ -169,22 +176,13 @@ def _block_tables(tables: list[list[int]]) -> NDArray[np.int32]:
     return padded
 
 
-def _token_ids(scheduled: list[ScheduledRequest], requests: RequestTable) -> NDArray[np.int64]:
-    ids: list[int] = []
-    for entry in scheduled:
-        start = entry.num_computed_tokens
-        tokens = requests[entry.request_index].token_ids
-        ids.extend(tokens[start : start + entry.num_scheduled_tokens])
-    return np.array(ids, dtype=np.int64)
-
-
 def _logit_rows(
-    scheduled: list[ScheduledRequest], query_start: NDArray[np.int64], requests: RequestTable
+    scheduled: list[ScheduledRequest], query_start: list[int], requests: RequestTable
 ) -> tuple[list[LogitRow], list[int]]:
     """Rows for prompt logprobs (every prompt token but the last) and for the tokens to be drawn."""
     rows: list[LogitRow] = []
     indexes: list[int] = []
-    for entry, start in zip(scheduled, query_start.tolist(), strict=False):
+    for entry, start in zip(scheduled, query_start, strict=False):
         first, last = (
             entry.num_computed_tokens,
             entry.num_computed_tokens + entry.num_scheduled_tokens,

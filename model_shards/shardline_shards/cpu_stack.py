@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from shardline_shards.attention import KVLayer, PagedBatch
-from shardline_shards.layer_stack import Geometry, LayerKind, LayerWeights
+from shardline_shards.layer_stack import (
+    Embedding,
+    Geometry,
+    LayerKind,
+    LayerWeights,
+    Rotation,
+)
 
 
 class CpuStack:
@@ -53,24 +59,27 @@ class CpuStack:
 
     def run(
         self,
-        hidden: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        hidden: Tensor | Embedding,
+        rotation: Rotation,
         paged: PagedBatch,
         indexes: Tensor | None,
         shared_memory: Any | None = None,
     ) -> Tensor:
         """See `LayerStack.run`."""
-        paging = self._paging(paged)
-        output: Tensor = self._stack.run(hidden, cos, sin, *paging, indexes, shared_memory)
+        rows, token_ids = hidden, None
+        if isinstance(hidden, Embedding):
+            rows, token_ids = hidden.weight, hidden.token_ids
+        output: Tensor = self._stack.run(
+            rows, token_ids, *self._step(rotation, paged), indexes, shared_memory
+        )
         return output
 
     def run_half(
-        self, states: Tensor, cos: Tensor, sin: Tensor, paged: PagedBatch, half: int, is_first: bool
+        self, states: Tensor, rotation: Rotation, paged: PagedBatch, half: int, is_first: bool
     ) -> Tensor:
         """See `LayerStack.run_half`."""
-        paging = self._paging(paged)
-        part: Tensor = self._stack.run_half(states, cos, sin, *paging, half, is_first)
+        step = self._step(rotation, paged)
+        part: Tensor = self._stack.run_half(states, *step, half, is_first)
         return part
 
     def run_head(self, states: Tensor, indexes: Tensor) -> Tensor:
@@ -78,11 +87,13 @@ class CpuStack:
         logits: Tensor = self._stack.run_head(states, indexes)
         return logits
 
-    def _paging(self, paged: PagedBatch) -> tuple[Tensor, ...]:
+    def _step(self, rotation: Rotation, paged: PagedBatch) -> tuple[Tensor, ...]:
+        """What the kernel is to know of a step beside its hidden states."""
         if self._bound is not paged.kv_layers:
             memory = [paged.kv_layers[index] for index in sorted(paged.kv_layers)]
             self._stack.bind_memory(
                 [layer.key for layer in memory], [layer.value for layer in memory]
             )
             self._bound = paged.kv_layers
-        return paged.query_start, paged.kv_lens, paged.block_tables, paged.slots
+        paging = paged.query_start, paged.kv_lens, paged.block_tables, paged.slots
+        return rotation.cos, rotation.sin, rotation.positions, *paging

@@ -28,7 +28,14 @@ from shardline_shards.batch import StepBatch
 from shardline_shards.collectives import Collectives, SingleRank, StageCollectives
 from shardline_shards.cpu_stack import CpuStack
 from shardline_shards.gpu_stack import GpuStack
-from shardline_shards.layer_stack import Geometry, LayerKind, LayerStack, LayerWeights
+from shardline_shards.layer_stack import (
+    Embedding,
+    Geometry,
+    LayerKind,
+    LayerStack,
+    LayerWeights,
+    Rotation,
+)
 from shardline_shards.ledger import Operation
 from shardline_shards.parallel_layers import RowParallelLinear, SkippedLayer
 from shardline_shards.stage_model import StageModel, decoder_layers
@@ -65,33 +72,49 @@ class FusedLayers:
         rotary: "_RotaryTable",
         tp: Collectives,
         vocab_sizes: list[int] | None,
+        embedding: nn.Module,
     ) -> None:
-        """`vocab_sizes`: of the head, the rows of each rank; None where there is no head."""
+        """`vocab_sizes`: of the head, the rows of each rank; None where there is no head.
+        `embedding` is the model's own, on the first stage.
+        """
         self._stack = stack
         self._rotary = rotary
         self._tp = tp
         self._vocab_sizes = vocab_sizes
+        self._embedding = embedding
 
-    def run(self, hidden: Tensor, batch: StepBatch) -> Tensor:
-        """Hidden states [num_tokens, hidden_size] in; the same out, or logits.
+    def run(self, hidden: Tensor | None, batch: StepBatch) -> Tensor:
+        """Hidden states [num_tokens, hidden_size] in, on the first stage None; the same out, or
+        logits.
 
         Logits are [num_rows, vocab_size], on tp ranks other than the first only their own part.
         """
         paged = batch.paged
-        arguments = (*self._rotary.at(batch.positions, paged.max_kv_len), paged)
+        arguments = self._rotary.at(batch.positions, paged.max_kv_len), paged
         indexes = None if self._vocab_sizes is None else batch.logit_indexes
+        begin = self._embed(batch.input_ids) if hidden is None else hidden
         if self._tp.size == 1:
-            return self._stack.run(hidden, *arguments, indexes)
+            return self._stack.run(begin, *arguments, indexes)
         if not isinstance(self._tp, StageCollectives) or self._tp.shared_memory is None:
-            return self._run_halves(hidden, batch.logit_indexes, arguments)
-        with self._tp.noticing_loss(Operation.ALL_REDUCE, hidden.shape):
-            output = self._stack.run(hidden, *arguments, indexes, self._tp.shared_memory)
+            return self._run_halves(begin, batch.logit_indexes, arguments)
+        with self._tp.noticing_loss(Operation.ALL_REDUCE, begin.shape):
+            output = self._stack.run(begin, *arguments, indexes, self._tp.shared_memory)
         return self._gathered(output)
 
+    def _embed(self, token_ids: Tensor) -> Tensor | Embedding:
+        """A plain embedding's rows are read where they lie: an operator of its own takes a tenth of
+        a millisecond beside a step that had the caches to itself.
+        """
+        if type(self._embedding) is nn.Embedding:
+            return Embedding(self._embedding.weight, token_ids)
+        embedded: Tensor = self._embedding(token_ids)
+        return embedded
+
     def _run_halves(
-        self, hidden: Tensor, indexes: Tensor, arguments: tuple[Tensor, Tensor, PagedBatch]
+        self, begin: Tensor | Embedding, indexes: Tensor, arguments: tuple[Rotation, PagedBatch]
     ) -> Tensor:
         """Half a layer at a time, summed by messages, where ranks share no memory."""
+        hidden = begin.rows() if isinstance(begin, Embedding) else begin
         states, is_first = hidden.to(self._stack.sum_dtype), self._tp.rank == 0
         for half in range(2 * self._stack.num_layers):
             part = self._stack.run_half(states, *arguments, half, is_first)
@@ -138,7 +161,7 @@ def fuse(stage_model: StageModel, device: torch.device) -> FusedLayers | None:
         model.lm_head = nn.Identity()
     if device.type == "cuda":  # KV memory is a share of what others than torch hold as free
         torch.cuda.empty_cache()
-    return FusedLayers(stack, rotary, stage_model.tp, vocab_sizes)
+    return FusedLayers(stack, rotary, stage_model.tp, vocab_sizes, model.get_input_embeddings())
 
 
 def stack_class(device: torch.device) -> Callable[[Geometry], LayerStack] | None:
@@ -163,11 +186,11 @@ class _RotaryTable:
         """How much of a head is rotated."""
         return int(self._cos.shape[-1])
 
-    def at(self, positions: Tensor, num_positions: int) -> tuple[Tensor, Tensor]:
-        """Rows for `positions`, which are all below `num_positions`."""
+    def at(self, positions: Tensor, num_positions: int) -> Rotation:
+        """For `positions`, which are all below `num_positions`."""
         if num_positions > len(self._cos):
             self._grow(max(num_positions, 2 * len(self._cos)))
-        return self._cos[positions], self._sin[positions]
+        return Rotation(self._cos, self._sin, positions)
 
     def _grow(self, num_positions: int) -> None:
         like = torch.empty(0, dtype=torch.float32, device=self._device)
@@ -235,7 +258,8 @@ class _Check:
     def _kind_of(self, layer: nn.Module, hidden: Tensor, known: list[LayerKind]) -> LayerKind:
         dtype = self.geometry.dtype
         positions = torch.arange(_NUM_PROBE_TOKENS, device=self.device) * 7
-        cos, sin = self.rotary.at(positions, 7 * _NUM_PROBE_TOKENS)
+        rotation = self.rotary.at(positions, 7 * _NUM_PROBE_TOKENS)
+        cos, sin = rotation.rows()
         paged, recorder = self._probe_batch(layer)
         with _without_sums(layer):
             expected = layer(
@@ -252,7 +276,7 @@ class _Check:
         if kind not in known:
             stack = self.new_stack(self.geometry)
             stack.add_layer(_weights(layer), kind)
-            _compare(stack.run(hidden, cos, sin, paged, None), expected.squeeze(0), hidden)
+            _compare(stack.run(hidden, rotation, paged, None), expected.squeeze(0), hidden)
         return kind
 
     def _probe_batch(self, layer: nn.Module) -> tuple[PagedBatch, _Recorder]:

@@ -9,7 +9,13 @@ from torch.nn import functional as F
 
 from shardline_shards.attention import KVLayer, PagedBatch
 from shardline_shards.attention.triton_backend import power_of_two
-from shardline_shards.layer_stack import Geometry, LayerKind, LayerWeights
+from shardline_shards.layer_stack import (
+    Embedding,
+    Geometry,
+    LayerKind,
+    LayerWeights,
+    Rotation,
+)
 
 _HEADS = 8  # that one program turns
 _COLUMNS = 1024  # that one program activates
@@ -71,15 +77,17 @@ class GpuStack:
 
     def run(
         self,
-        hidden: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        hidden: Tensor | Embedding,
+        rotation: Rotation,
         paged: PagedBatch,
         indexes: Tensor | None,
         shared_memory: Any | None = None,
     ) -> Tensor:
         """See `LayerStack.run`; GPUs share no memory."""
         assert shared_memory is None
+        if isinstance(hidden, Embedding):
+            hidden = hidden.rows()
+        cos, sin = rotation.rows()
         memory = _memory(paged)
         delta: Tensor | None = None
         for layer, kv_layer in zip(self._layers, memory, strict=True):
@@ -92,7 +100,7 @@ class GpuStack:
         return self._logits(hidden[indexes], None if delta is None else delta[indexes])
 
     def run_half(
-        self, states: Tensor, cos: Tensor, sin: Tensor, paged: PagedBatch, half: int, is_first: bool
+        self, states: Tensor, rotation: Rotation, paged: PagedBatch, half: int, is_first: bool
     ) -> Tensor:
         """See `LayerStack.run_half`."""
         index, is_mlp = divmod(half, 2)
@@ -102,6 +110,7 @@ class GpuStack:
         if is_mlp:
             part = self._multiply(layer, normed)
         else:
+            cos, sin = rotation.rows()
             part = self._attend(layer, _memory(paged)[index], normed, cos, sin, paged)
         return states + part if is_first else part
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shardline_shards.attention import PagedBatch
@@ -45,11 +46,42 @@ class LayerKind:
     softcap: float | None
 
 
-class LayerStack(Protocol):
-    """Layers one after the other, and on the last stage the norm and the head.
-
-    `cos` and `sin` are fp32 [num_tokens, head_dim].
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Tables of cosines and sines, fp32 [num_positions, head_dim], and where in them the step's
+    tokens are, int64 [num_tokens].
     """
+
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the tokens, [num_tokens, head_dim]."""
+        return self.cos[self.positions], self.sin[self.positions]
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """What the first stage's hidden states are rows of, [vocab_size, hidden_size], and which, int64
+    [num_tokens].
+    """
+
+    weight: Tensor
+    token_ids: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the hidden states."""
+        return torch.Size((len(self.token_ids), self.weight.shape[1]))
+
+    def rows(self) -> Tensor:
+        """The hidden states, [num_tokens, hidden_size]."""
+        return F.embedding(self.token_ids, self.weight)
+
+
+class LayerStack(Protocol):
+    """Layers one after the other, and on the last stage the norm and the head."""
 
     @property
     def num_layers(self) -> int:
@@ -71,9 +103,8 @@ class LayerStack(Protocol):
 
     def run(
         self,
-        hidden: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        hidden: Tensor | Embedding,
+        rotation: Rotation,
         paged: PagedBatch,
         indexes: Tensor | None,
         shared_memory: Any | None = None,
@@ -86,7 +117,7 @@ class LayerStack(Protocol):
         ...
 
     def run_half(
-        self, states: Tensor, cos: Tensor, sin: Tensor, paged: PagedBatch, half: int, is_first: bool
+        self, states: Tensor, rotation: Rotation, paged: PagedBatch, half: int, is_first: bool
     ) -> Tensor:
         """This rank's part of what follows `states`, both of `sum_dtype`; the sum is the next.
 

@@ -72,8 +72,6 @@ class Stage:
         tp rank 0 only).
         """
         if self._fused is not None:
-            if hidden is None:
-                hidden = self._model.get_input_embeddings()(batch.input_ids)
             return self._fused.run(hidden, batch)
         inputs: dict[str, object] = {
             "position_ids": batch.positions.unsqueeze(0),

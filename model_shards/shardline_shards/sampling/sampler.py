@@ -37,13 +37,15 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[tuple[int, TokenLo
 
 def _choose(scores: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """Token ids int64 [rows]; each way of choosing does all its rows at once."""
-    chosen = torch.empty(len(rows), dtype=torch.long, device=scores.device)
     concerned: dict[_Way, list[int]] = {}
     for index, way in enumerate(_ways(scores, rows)):
         concerned.setdefault(way, []).append(index)
+    if len(concerned) == 1:
+        (way,) = concerned
+        return way(scores, rows)
+    chosen = torch.empty(len(rows), dtype=torch.long, device=scores.device)
     for way, indexes in concerned.items():
-        part = scores if len(indexes) == len(rows) else scores[indexes]
-        chosen[indexes] = way(part, [rows[i] for i in indexes])
+        chosen[indexes] = way(scores[indexes], [rows[i] for i in indexes])
     return chosen
 
 

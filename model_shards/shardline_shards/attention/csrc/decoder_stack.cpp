@@ -113,18 +113,20 @@ class DecoderStack : public torch::CustomClassHolder {
     }
     keys_ = std::move(keys);
     values_ = std::move(values);
+    bound_ = {};
   }
 
   // Half a layer of one step, where each rank holds a part of its weights: half 2i is layer i's
   // attention, half 2i + 1 its MLP. Returns this rank's part of the sum, fp32 like `hidden`; the
   // input is added by the one rank that is told so.
   Tensor run_half(
-      const Tensor& hidden, const Tensor& cos, const Tensor& sin, const Tensor& query_start,
-      const Tensor& kv_lens, const Tensor& block_tables, const Tensor& slots, int64_t half,
-      bool adds_input) {
-    check_input(hidden, at::kFloat, cos, sin);
+      const Tensor& hidden, const Tensor& cos, const Tensor& sin, const Tensor& positions,
+      const Tensor& query_start, const Tensor& kv_lens, const Tensor& block_tables,
+      const Tensor& slots, int64_t half, bool adds_input) {
+    check_hidden(hidden, at::kFloat);
     TORCH_CHECK(half >= 0 && half < 2 * static_cast<int64_t>(layers_.size()));
-    const StepShape step = step_shape(cos, sin, query_start, kv_lens, block_tables, slots);
+    const StepShape step = step_shape(
+        hidden.size(0), cos, sin, positions, query_start, kv_lens, block_tables, slots);
     return with_dtype(dtype_, [&](auto zero) {
       return compute_half<decltype(zero)>(hidden, step, half, adds_input);
     });
@@ -138,23 +140,29 @@ class DecoderStack : public torch::CustomClassHolder {
         dtype_, [&](auto zero) { return compute_head<decltype(zero)>(hidden, logit_indexes); });
   }
 
-  // One step. `hidden` [num_tokens, hidden_size] in the weights' dtype, `cos` and `sin`
-  // [num_tokens, head_dim] fp32, the others as in PagedBatch. Returns the hidden states after the
-  // last layer; or, with `logit_indexes`, fp32 logits [len(logit_indexes), vocabulary rows].
-  // Where ranks hold parts of the weights they sum through `memory`.
+  // One step. `hidden` [num_tokens, hidden_size] in the weights' dtype, or with `token_ids` what
+  // these are rows of; `cos` and `sin` [positions, head_dim] fp32, `positions` [num_tokens], the
+  // others as in PagedBatch. Returns the hidden states after the last layer; or, with
+  // `logit_indexes`, fp32 logits [len(logit_indexes), vocabulary rows]. Where ranks hold parts of
+  // the weights they sum through `memory`.
   Tensor run(
-      const Tensor& hidden, const Tensor& cos, const Tensor& sin, const Tensor& query_start,
-      const Tensor& kv_lens, const Tensor& block_tables, const Tensor& slots,
-      const std::optional<Tensor>& logit_indexes,
+      const Tensor& hidden, const std::optional<Tensor>& token_ids, const Tensor& cos,
+      const Tensor& sin, const Tensor& positions, const Tensor& query_start, const Tensor& kv_lens,
+      const Tensor& block_tables, const Tensor& slots, const std::optional<Tensor>& logit_indexes,
       const std::optional<c10::intrusive_ptr<SharedMemory>>& memory) {
-    check_input(hidden, dtype_, cos, sin);
-    if (logit_indexes.has_value()) {
-      check_logits(*logit_indexes, hidden.size(0));
+    check_hidden(hidden, dtype_);
+    if (token_ids.has_value()) {
+      check_indexes(*token_ids, 0, hidden.size(0));
     }
-    const StepShape step = step_shape(cos, sin, query_start, kv_lens, block_tables, slots);
+    const int64_t num_rows = token_ids.value_or(hidden).size(0);
+    if (logit_indexes.has_value()) {
+      check_logits(*logit_indexes, num_rows);
+    }
+    const StepShape step =
+        step_shape(num_rows, cos, sin, positions, query_start, kv_lens, block_tables, slots);
     return with_dtype(dtype_, [&](auto zero) {
       return compute_all<decltype(zero)>(
-          hidden, step, logit_indexes, memory.has_value() ? memory->get() : nullptr);
+          hidden, token_ids, step, logit_indexes, memory.has_value() ? memory->get() : nullptr);
     });
   }
 
@@ -190,17 +198,14 @@ class DecoderStack : public torch::CustomClassHolder {
     check_indexes(logit_indexes, 0, num_tokens);
   }
 
-  void check_input(
-      const Tensor& hidden, at::ScalarType dtype, const Tensor& cos, const Tensor& sin) const {
-    check_hidden(hidden, dtype);
+  void check_rotation(const Tensor& cos, const Tensor& sin, const Tensor& positions) const {
     for (const Tensor& table : {cos, sin}) {
       TORCH_CHECK(
-          table.dim() == 2 && table.size(0) == hidden.size(0) &&
-              table.size(1) == shape_.head_dim && table.is_contiguous() &&
-              table.scalar_type() == at::kFloat,
-          "cos and sin are contiguous [num_tokens, head_dim] in fp32");
+          table.dim() == 2 && table.size(0) == cos.size(0) && table.size(1) == shape_.head_dim &&
+              table.is_contiguous() && table.scalar_type() == at::kFloat,
+          "cos and sin are contiguous [positions, head_dim] in fp32");
     }
-    TORCH_CHECK(!keys_.empty(), "bind_memory comes before run");
+    check_indexes(positions, 0, cos.size(0));
   }
 
   static void check_indexes(const Tensor& indexes, int64_t from, int64_t to) {
@@ -212,12 +217,16 @@ class DecoderStack : public torch::CustomClassHolder {
   }
 
   StepShape step_shape(
-      const Tensor& cos, const Tensor& sin, const Tensor& query_start, const Tensor& kv_lens,
-      const Tensor& block_tables, const Tensor& slots) const {
+      int64_t num_rows, const Tensor& cos, const Tensor& sin, const Tensor& positions,
+      const Tensor& query_start, const Tensor& kv_lens, const Tensor& block_tables,
+      const Tensor& slots) const {
+    TORCH_CHECK(!keys_.empty(), "bind_memory comes before run");
+    check_rotation(cos, sin, positions);
     StepShape step;
-    step.num_rows = cos.size(0);
+    step.num_rows = num_rows;
     step.cos = cos.const_data_ptr<float>();
     step.sin = sin.const_data_ptr<float>();
+    step.positions = positions.const_data_ptr<int64_t>();
     step.slots = slots.const_data_ptr<int64_t>();
     step.query_start = query_start.const_data_ptr<int32_t>();
     step.kv_lens = kv_lens.const_data_ptr<int32_t>();
@@ -225,7 +234,9 @@ class DecoderStack : public torch::CustomClassHolder {
     step.num_sequences = kv_lens.size(0);
     step.max_blocks = block_tables.size(1);
     step.pool = shape_of_pool(keys_[0]);
-    TORCH_CHECK(slots.numel() == step.num_rows, "each token has one slot");
+    TORCH_CHECK(
+        slots.numel() == num_rows && positions.numel() == num_rows,
+        "each token has one position and one slot");
     check_indexes(slots, 0, step.pool.num_slots());
     check_sequences(step);
     return step;
@@ -250,9 +261,13 @@ class DecoderStack : public torch::CustomClassHolder {
     }
   }
 
+  // Made once for the memory that is bound.
   template <typename T>
-  std::vector<Layer<T>> bound_layers() const {
-    std::vector<Layer<T>> layers;
+  const std::vector<Layer<T>>& bound_layers() {
+    auto& layers = std::get<std::vector<Layer<T>>>(bound_);
+    if (!layers.empty()) {
+      return layers;
+    }
     for (size_t i = 0; i < layers_.size(); ++i) {
       const LayerTensors& from = layers_[i];
       Layer<T> layer;
@@ -282,22 +297,23 @@ class DecoderStack : public torch::CustomClassHolder {
 
   template <typename T>
   Tensor compute_all(
-      const Tensor& hidden, const StepShape& step, const std::optional<Tensor>& logit_indexes,
-      SharedMemory* memory) {
-    const std::vector<Layer<T>> layers = bound_layers<T>();
+      const Tensor& hidden, const std::optional<Tensor>& token_ids, const StepShape& step,
+      const std::optional<Tensor>& logit_indexes, SharedMemory* memory) {
+    const std::vector<Layer<T>>& layers = bound_layers<T>();
     DecoderStep<T> decoder(shape_, layers, step, buffers<T>(), at::get_num_threads());
     HeadStep<T> head;
     fill_head(head, logit_indexes);
+    const int64_t num_rows = step.num_rows, width = shape_.hidden_size;
     Tensor output = logit_indexes.has_value() ? new_logits(head.num_rows)
-                                              : at::empty(hidden.sizes(), hidden.options());
+                                              : at::empty({num_rows, width}, hidden.options());
     const T* from = hidden.const_data_ptr<T>();
-    const int64_t num_rows = hidden.size(0), width = shape_.hidden_size;
+    const int64_t* ids = token_ids.has_value() ? token_ids->const_data_ptr<int64_t>() : nullptr;
     float* states = decoder.hidden();
     const int num_threads = at::get_num_threads();
     Team team(std::max(decoder.most_tasks(num_threads), head.most_tasks(num_threads)));
     run_by(team, [&](Member& member) {
       member.share_in_parts(num_rows, [&](int64_t row) {
-        widen_row(from + row * width, states + row * width, width);
+        widen_row(from + (ids == nullptr ? row : ids[row]) * width, states + row * width, width);
       });
       decoder.run_layers(memory, member);
       if (logit_indexes.has_value()) {
@@ -313,7 +329,7 @@ class DecoderStack : public torch::CustomClassHolder {
 
   template <typename T>
   Tensor compute_half(const Tensor& hidden, const StepShape& step, int64_t half, bool adds_input) {
-    const std::vector<Layer<T>> layers = bound_layers<T>();
+    const std::vector<Layer<T>>& layers = bound_layers<T>();
     DecoderStep<T> decoder(shape_, layers, step, buffers<T>(), at::get_num_threads());
     Tensor output = at::empty(hidden.sizes(), hidden.options());
     const float* from = hidden.const_data_ptr<float>();
@@ -361,6 +377,9 @@ class DecoderStack : public torch::CustomClassHolder {
   std::vector<Tensor> keys_, values_;
   std::optional<Tensor> final_norm_, head_;
   int64_t vocab_size_ = 0;
+  std::tuple<
+      std::vector<Layer<float>>, std::vector<Layer<at::BFloat16>>, std::vector<Layer<at::Half>>>
+      bound_;
   std::tuple<Buffers<float>, Buffers<at::BFloat16>, Buffers<at::Half>> buffers_;
 };
 

@@ -54,8 +54,9 @@ void store_sums(
 // What one step is about; as in PagedBatch.
 struct StepShape {
   int64_t num_rows;
-  const float *cos, *sin;  // [num_rows, head_dim]
-  const int64_t* slots;    // [num_rows]
+  const float *cos, *sin;    // [positions, head_dim]
+  const int64_t* positions;  // [num_rows]
+  const int64_t* slots;      // [num_rows]
   const int32_t *query_start, *kv_lens, *block_tables;
   int64_t num_sequences, max_blocks;
   PoolShape pool;
@@ -268,7 +269,8 @@ class DecoderStep {
   void place_heads(const Layer<T>& layer, int64_t row) {
     const int64_t dim = shape_.head_dim, width = shape_.query_size() + 2 * shape_.kv_size();
     float* heads = buffers_.qkv.data() + row * width;
-    const float *cos = step_.cos + row * dim, *sin = step_.sin + row * dim;
+    const int64_t position = step_.positions[row];
+    const float *cos = step_.cos + position * dim, *sin = step_.sin + position * dim;
     T* query = buffers_.query.data() + row * shape_.query_size();
     place(heads, shape_.num_heads, layer.query_norm, cos, sin, query);
     heads += shape_.query_size();
