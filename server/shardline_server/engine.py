@@ -138,8 +138,10 @@ class Engine:
                 if self._exits.fileno() in news or now >= next_look:
                     self._look_around()
                     next_look = now + _LOOK_INTERVAL_S
-                self._read_inbox()
-                self._commit()
+                if self.frontends.has_unread or not news.keys().isdisjoint(self.frontends.sources):
+                    self._read_inbox()
+                if self.workers.has_unread or not news.keys().isdisjoint(self.workers.sources):
+                    self._commit()
                 self._outputs += self.scheduler.expire(time.monotonic())
                 self._plan()
                 self._publish()

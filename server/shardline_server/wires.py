@@ -91,9 +91,12 @@ class Wires(Generic[_Message]):
             self._read(name, wire)
 
     def _read(self, name: bytes, wire: Wire) -> None:
+        """What one look at it gives; if there is more, the descriptor stays readable."""
         try:
-            while (frame := wire.receive()) is not None:
+            frame = wire.receive()
+            while frame is not None:
                 self._take(name, frame)
+                frame = wire.receive() if wire.has_read_message else None
         except EOFError:
             self._drop(name)
 

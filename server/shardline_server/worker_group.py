@@ -140,6 +140,11 @@ class WorkerGroup:
         ready, _, _ = zmq.select(self.sources, [], [], timeout_ms / 1000)
         return bool(ready)
 
+    @property
+    def has_unread(self) -> bool:
+        """Whether there is something to receive that `sources` do not know of any more."""
+        return self._wires.has_unread
+
     def results(self) -> Iterator[StepResult | StageReport]:
         """What has arrived; raises WorkerLost if a worker says that it fails."""
         while (received := self._receive()) is not None:
