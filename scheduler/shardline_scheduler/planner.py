@@ -158,7 +158,13 @@ class Planner:
         num_tokens = self._waiting.num_tokens
         num_tokens += sum(len(r.token_ids) - r.num_computed_tokens for r in prefills)
         count, running = len(prefills) + len(self._waiting), self._running
-        prompts = Prompts(count, num_tokens, running.num_decodes, running.num_promised_decodes > 0)
+        prompts = Prompts(
+            count,
+            num_tokens,
+            num_joining=min(count, self.config.max_num_seqs - running.num_decodes),
+            num_decodes=running.num_decodes,
+            has_promised_decodes=running.num_promised_decodes > 0,
+        )
         self._keeper.aim(step.load, now, prompts)
 
     def _order(self, request: Request) -> tuple[Key, int]:

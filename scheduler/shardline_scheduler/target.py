@@ -15,7 +15,8 @@ from .cost import StepLoad
 # nobody promised anything: gaps between tokens stay even.
 DECODES_STRETCH = 2.0
 # Many waiting prompts may stretch it more: this part of all their tokens at a time (gLLM), while it
-# takes at most so many times what its decodes take.
+# takes at most so many times what decodes take once they all decode. Measured by those that do, few
+# decodes would make for small steps, in which few prompts come to their end: of 32 streams 8 ran.
 _STEPS_FOR_BACKLOG = 8
 _BACKLOG_STRETCH = 3.0
 _LARGEST_MOVE = 1.1
@@ -25,12 +26,14 @@ _LARGEST_MOVE = 1.1
 class Prompts:
     """What a step may choose from: so many prompts, and tokens of theirs to be computed.
 
-    `num_decodes` others are decoding, in this step or in one that is in flight;
-    `has_promised_decodes` is whether somebody's tokens have to come in time meanwhile.
+    `num_joining` of them have a seat, or one is free for them. `num_decodes` others are decoding,
+    in this step or in one that is in flight; `has_promised_decodes` is whether somebody's tokens
+    have to come in time meanwhile.
     """
 
     count: int
     num_tokens: int
+    num_joining: int
     num_decodes: int
     has_promised_decodes: bool
 
@@ -60,7 +63,10 @@ class TimeTarget:
         if prompts.count > 1:
             num_tokens = prompts.num_tokens // _STEPS_FOR_BACKLOG
             part = self._pricing.model.prefill_seconds(num_tokens, 0)
-            wanted = max(wanted, min(decodes_s + part, _BACKLOG_STRETCH * decodes_s))
+            joined = self._pricing.share_of(prompts.num_decodes + prompts.num_joining, 0)
+            joined.decode_context = load.decode_context
+            joined_s = self._pricing.model.step_seconds(joined)
+            wanted = max(wanted, min(decodes_s + part, _BACKLOG_STRETCH * joined_s))
         if self._with_decodes_s < inf:
             last_s = self._with_decodes_s
             wanted = max(wanted, last_s / _LARGEST_MOVE, decodes_s)

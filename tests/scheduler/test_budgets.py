@@ -216,6 +216,18 @@ def test_requests_without_limits_are_never_refused_and_make_nobody_late(num_stag
     assert all(visit.met for visit in admitted)
 
 
+def test_a_backlog_without_limits_fills_the_seats():
+    """Steps that only a few decodes measured would bring prompts to their end as slowly as those
+    few end, so that it stays at few: at 12, of 32 seats.
+    """
+    prices: Prices = (10e-3, 1e-3, 1e-3, 1e-6, 0.1e-6)
+    m = machine((prices,), model=exact_model((prices,)), max_num_seqs=32)
+    visits = [Visit(i, 0.0, 256, 64) for i in range(200)]
+    m.run(visits)
+    middle = m.now / 2
+    assert sum(visit.token_times[0] <= middle < visit.end for visit in visits) > 20
+
+
 def test_guests_go_by_class_and_then_by_their_tenants_turns():
     m = machine(max_num_seqs=1)
     batch = LatencyBudget(priority=Priority.BATCH)
