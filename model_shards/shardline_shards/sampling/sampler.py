@@ -36,7 +36,7 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[tuple[int, TokenLo
 
 
 def _choose(scores: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """Token ids int64 [rows]; each way of choosing does all its rows at once."""
+    """Token ids int64 [rows] of fp32 `scores`; each way of choosing does all its rows at once."""
     concerned: dict[_Way, list[int]] = {}
     for index, way in enumerate(_ways(scores, rows)):
         concerned.setdefault(way, []).append(index)
@@ -69,7 +69,7 @@ def _way(row: SampleRow) -> _Way:
 def _take_best(scores: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """The lowest id of the likeliest."""
     if scores.device.type == "cpu":  # numpy's search is vectorized: 0.03 ms for 16 rows, not 0.4
-        return torch.from_numpy(scores.float().numpy().argmax(-1))
+        return torch.from_numpy(scores.numpy().argmax(-1))
     return scores.argmax(-1)
 
 

@@ -137,7 +137,8 @@ struct Tile {
 };
 
 // Calls `run` with what a tile fetches while it is multiplied. The only one streams: it fetches a
-// little in front of itself. Of several, each fetches its share of the next group.
+// little in front of itself, past the caches, in which other processes then find what they left.
+// Of several, each fetches its share of the next group.
 template <typename T, int kPanels, typename Run>
 C10_ALWAYS_INLINE void with_fetch(
     const Packed<T>& w, int64_t group, const Tile& tile, int64_t bytes_ahead, const Run& run) {
@@ -146,9 +147,9 @@ C10_ALWAYS_INLINE void with_fetch(
   const char* here = reinterpret_cast<const char*>(w.data + group * w.group_size());
   const char* next = reinterpret_cast<const char*>(w.data + (group + 1) * w.group_size());
   if (tile.num_tiles == 1) {
-    run(Fetch<kAll>{here + bytes_ahead});
+    run(Fetch<kAll, kOnce>{here + bytes_ahead});
   } else if (tile.index * kSome < kAll) {
-    run(Fetch<kSome, 2>{next + tile.index * w.num_steps * kSome * kCacheLineBytes});
+    run(Fetch<kSome, kSecondCache>{next + tile.index * w.num_steps * kSome * kCacheLineBytes});
   } else {
     run(Fetch<0>{next});
   }

@@ -81,26 +81,28 @@ C10_ALWAYS_INLINE Vec load_wide(const T* from) {
   }
 }
 
+// Where what is fetched goes: through the first cache and nowhere else, or into the second.
+constexpr int kOnce = 0, kSecondCache = 2;
+
 // Into the second cache: the first has room for what is used next.
 template <typename T>
 C10_ALWAYS_INLINE void prefetch_row(const T* row, int64_t size) {
   const char* bytes = reinterpret_cast<const char*>(row);
 #pragma GCC unroll 8
   for (int64_t i = 0; i < size * static_cast<int64_t>(sizeof(T)); i += kCacheLineBytes) {
-    __builtin_prefetch(bytes + i, 0, 2);
+    __builtin_prefetch(bytes + i, 0, kSecondCache);
   }
 }
 
-// Weights that will be needed, fetched on the way: `kLines` cache lines a step from `from` on, into the
-// first cache, or with locality 2 into the second.
-template <int kLines, int kLocality = 3>
+// Weights that will be needed, fetched on the way: `kLines` cache lines a step from `from` on.
+template <int kLines, int kWhere = kOnce>
 struct Fetch {
   const char* from;
 
   C10_ALWAYS_INLINE void step() {
 #pragma GCC unroll 4
     for (int i = 0; i < kLines; ++i) {
-      __builtin_prefetch(from + i * kCacheLineBytes, 0, kLocality);
+      __builtin_prefetch(from + i * kCacheLineBytes, 0, kWhere);
     }
     from += kLines * kCacheLineBytes;
   }
