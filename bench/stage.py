@@ -1,16 +1,20 @@
 """Milliseconds of one step of a whole model on this CPU, beside what memory alone would take.
 
-    OMP_WAIT_POLICY=PASSIVE python bench/stage.py demo [--context 300] [--modules]
+    OMP_WAIT_POLICY=PASSIVE python bench/stage.py demo [--context 300] [--modules] [--beside 1.5/8]
 
 Steps of 1, 4, 8 and 32 decodes over so many tokens each, and of prompts of 32 to 256 tokens: the
 forward pass from token ids to logits, without scheduling and sampling. The floor is what reading as
 many bytes as a token has weights takes, measured in the same run. `--modules` measures the
-library's own modules.
+library's own modules, `--beside 1.5/8` decodes while another process computes for 1.5 ms, sleeps
+for 8, and so on, as an engine and a front end do.
 """
 
 import argparse
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from statistics import median
 
 import numpy as np
@@ -30,6 +34,16 @@ CPU = torch.device("cpu")
 BLOCK_SIZE = 16
 NUM_DECODES = (1, 4, 8, 32)
 NUM_PROMPT_TOKENS = (32, 64, 128, 256)
+# Computes for so many seconds, sleeps for so many, and so on.
+OTHER_PROCESS = """
+import sys, time
+busy_s, idle_s = (float(ms) / 1e3 for ms in sys.argv[1].split("/"))
+while True:
+    end = time.perf_counter() + busy_s
+    while time.perf_counter() < end:
+        pass
+    time.sleep(idle_s)
+"""
 
 
 def load(model: str, dtype: torch.dtype) -> tuple[StageModel, int]:
@@ -94,6 +108,17 @@ def reads_ms(num_bytes: int, num_rounds: int) -> list[float]:
     return timed_ms(memory.sum, num_rounds)
 
 
+@contextmanager
+def another_process(times_ms: str) -> Iterator[None]:
+    """That wants a core, time and again."""
+    other = subprocess.Popen([sys.executable, "-c", OTHER_PROCESS, times_ms])
+    try:
+        yield
+    finally:
+        other.kill()
+        other.wait()
+
+
 def measure(stage: Stage, name: str, batch: StepBatch, floor: float) -> None:
     num_rounds = 10 if batch.num_tokens > max(NUM_DECODES) else 30
     stage.run(batch, None)
@@ -108,6 +133,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--context", type=int, default=300, help="tokens of each decode")
     parser.add_argument("--modules", action="store_true")
+    parser.add_argument("--beside", metavar="MS/MS", help="what another process computes, sleeps")
     arguments = parser.parse_args()
     stage_model, num_bytes = load(arguments.model, getattr(torch, arguments.dtype))
     start = time.perf_counter()
@@ -116,9 +142,14 @@ def main() -> None:
     floor = min(reads_ms(num_bytes, 15))
     print(f"floor: {num_bytes / 1e6:.0f} MB in {floor:.2f} ms, {num_bytes / floor / 1e6:.1f} GB/s")
     batches = make_batches(stage, max(arguments.context, *NUM_PROMPT_TOKENS))
-    for num_decodes in NUM_DECODES:
-        batch = make_batch(batches, num_decodes, arguments.context - 1, 1)
+    decodes = {n: make_batch(batches, n, arguments.context - 1, 1) for n in NUM_DECODES}
+    for num_decodes, batch in decodes.items():
         measure(stage, f"{num_decodes} decodes", batch, floor)
+    if arguments.beside is not None:
+        with another_process(arguments.beside):
+            for num_decodes, batch in decodes.items():
+                measure(stage, f"{num_decodes} beside it", batch, floor)
+        return
     for num_tokens in NUM_PROMPT_TOKENS:
         batch = make_batch(batches, 1, 0, num_tokens)
         measure(stage, f"{num_tokens} of a prompt", batch, floor)
