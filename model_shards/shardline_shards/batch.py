@@ -137,7 +137,9 @@ class BatchBuilder:
             end = start + entry.num_scheduled_tokens
             token_ids += requests[entry.request_index].token_ids[start:end]
             positions += range(start, end)
-            slots += [blocks[i // size] * size + i % size for i in range(start, end)]
+            for i in range(start // size, -(-end // size)):
+                shift = (blocks[i] - i) * size
+                slots += range(max(start, i * size) + shift, min(end, (i + 1) * size) + shift)
             query_start.append(len(positions))
             kv_lens.append(end)
         rows, indexes = _logit_rows(scheduled, query_start, requests)

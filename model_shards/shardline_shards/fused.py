@@ -259,7 +259,7 @@ class _Check:
         dtype = self.geometry.dtype
         positions = torch.arange(_NUM_PROBE_TOKENS, device=self.device) * 7
         rotation = self.rotary.at(positions, 7 * _NUM_PROBE_TOKENS)
-        cos, sin = rotation.rows()
+        cos, sin = rotation.rows
         paged, recorder = self._probe_batch(layer)
         with _without_sums(layer):
             expected = layer(

@@ -87,7 +87,7 @@ class GpuStack:
         assert shared_memory is None
         if isinstance(hidden, Embedding):
             hidden = hidden.rows()
-        cos, sin = rotation.rows()
+        cos, sin = rotation.rows
         memory = _memory(paged)
         delta: Tensor | None = None
         for layer, kv_layer in zip(self._layers, memory, strict=True):
@@ -110,7 +110,7 @@ class GpuStack:
         if is_mlp:
             part = self._multiply(layer, normed)
         else:
-            cos, sin = rotation.rows()
+            cos, sin = rotation.rows
             part = self._attend(layer, _memory(paged)[index], normed, cos, sin, paged)
         return states + part if is_first else part
 

@@ -1,6 +1,7 @@
 """What computes the decoder layers of a stage in the place of the library's modules."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -46,7 +47,7 @@ class LayerKind:
     softcap: float | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Rotation:
     """Tables of cosines and sines, fp32 [num_positions, head_dim], and where in them the step's
     tokens are, int64 [num_tokens].
@@ -56,8 +57,9 @@ class Rotation:
     sin: Tensor
     positions: Tensor
 
+    @cached_property
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the tokens, [num_tokens, head_dim]."""
+        """Cosines and sines of the tokens, [num_tokens, head_dim]; looked up once a step."""
         return self.cos[self.positions], self.sin[self.positions]
 
 
