@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 BLOCK_SIZE = 16
 NUM_DECODES = (1, 4, 8, 32)
 NUM_PROMPT_TOKENS = (32, 64, 128, 256)
-# Computes for so many seconds, sleeps for so many, and so on.
+# Computes for so many milliseconds, sleeps for so many, and so on.
 OTHER_PROCESS = """
 import sys, time
 busy_s, idle_s = (float(ms) / 1e3 for ms in sys.argv[1].split("/"))

@@ -16,7 +16,8 @@ from .cost import StepLoad
 DECODES_STRETCH = 2.0
 # Many waiting prompts may stretch it more: this part of all their tokens at a time (gLLM), while it
 # takes at most so many times what decodes take once they all decode. Measured by those that do, few
-# decodes would make for small steps, in which few prompts come to their end: of 32 streams 8 ran.
+# decodes would make for small steps, in which few prompts come to their end: 8 or 9 of 32 streams
+# ran.
 _STEPS_FOR_BACKLOG = 8
 _BACKLOG_STRETCH = 3.0
 _LARGEST_MOVE = 1.1
