@@ -24,10 +24,10 @@ import torch
 from client import bench
 from serving import serving
 
-from shardline_scheduler.plan import NewRequest, SamplingParams, ScheduledRequest, StepPlan
+from shardline_scheduler.plan import Chunk, Decodes, NewRequest, SamplingParams, StepPlan
 from shardline_shards.attention import KVShape, allocate_kv, select_backend
 from shardline_shards.batch import BatchBuilder, RequestTable
-from shardline_shards.drawing import draw_tokens
+from shardline_shards.drawing import draw
 
 CPU = torch.device("cpu")
 NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS = 64, 500
@@ -113,15 +113,16 @@ def report_worker(num_streams: int) -> None:
     requests, tokens = RequestTable(), [1] * NUM_CONTEXT_TOKENS
     new = [NewRequest(i, tokens, len(tokens), sampling) for i in range(num_streams)]
     blocks = [list(range(i * num_blocks, (i + 1) * num_blocks)) for i in range(num_streams)]
-    first = [ScheduledRequest(i, 0, len(tokens), [], blocks[i], True) for i in range(num_streams)]
-    requests.apply(StepPlan(0, [], new, first))
-    decodes = [ScheduledRequest(i, len(tokens) - 1, 1, [], [], True) for i in range(num_streams)]
-    plan = StepPlan(1, [], [], decodes)
+    first = [Chunk(i, 0, len(tokens), blocks[i], True) for i in range(num_streams)]
+    requests.apply(StepPlan(0, new_requests=new, chunks=first))
+    indexes = list(range(num_streams))
+    decodes = Decodes(indexes, [len(tokens) - 1] * num_streams, [1] * num_streams)
+    plan = StepPlan(1, decodes=decodes)
     batch, logits = batches.build(plan, requests), torch.randn(num_streams, VOCAB_SIZE)
     print(
         f"  {'worker, making the batch:':34} {median_ms(lambda: batches.build(plan, requests)):.2f}"
     )
-    drawing_ms = median_ms(lambda: draw_tokens(batch, logits, requests))
+    drawing_ms = median_ms(lambda: draw(1, batch, logits, requests))
     print(f"  {'worker, drawing greedily:':34} {drawing_ms:.2f}")
 
 

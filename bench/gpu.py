@@ -25,10 +25,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import GenerationConfig, PreTrainedConfig
 
-from shardline_scheduler.plan import NewRequest, SamplingParams, ScheduledRequest, StepPlan
+from shardline_scheduler.plan import Chunk, Decodes, NewRequest, SamplingParams, StepPlan
 from shardline_shards.attention import BACKENDS, AttentionBackend
 from shardline_shards.batch import RequestTable, StepBatch
-from shardline_shards.drawing import draw_tokens
+from shardline_shards.drawing import draw
 from shardline_shards.stage_model import model_class
 
 
@@ -100,11 +100,11 @@ def check_attention(model: Model, sizes: Sizes) -> None:
     kv_len = 2 * sizes.context // 3
     requests, plan = model.requests(3, kv_len, 1)
     lengths = (kv_len, 1, 20)
-    parts = [
-        ScheduledRequest(part.request_index, kv_len - count, count, [], part.block_ids, True)
-        for part, count in zip(plan.scheduled, lengths, strict=True)
+    chunks = [
+        Chunk(chunk.request_index, kv_len - count, count, chunk.block_ids, True)
+        for chunk, count in zip(plan.chunks, lengths, strict=True)
     ]
-    plan = StepPlan(0, [], plan.new_requests, parts)
+    plan = StepPlan(0, new_requests=plan.new_requests, chunks=chunks)
     requests.apply(plan)
     paged = model.batches.build(plan, requests).paged
     head_dim = model.head_dim
@@ -153,9 +153,9 @@ def check_sampling(model: Model) -> None:
         new = [
             NewRequest(i, [i], 1, SamplingParams(max_tokens=9, seed=i, **options)) for i in range(3)
         ]
-        requests.apply(StepPlan(0, [], new, []))
-        there = draw_tokens(batch, logits.to(model.device), requests)
-        if there != draw_tokens(batch, logits, requests):
+        requests.apply(StepPlan(0, new_requests=new))
+        there = draw(0, batch, logits.to(model.device), requests)
+        if there.token_ids != draw(0, batch, logits, requests).token_ids:
             sys.exit(f"sampling with {options} draws other tokens than on a CPU")
     print("sampling: the tokens that a CPU draws")
 
@@ -215,14 +215,12 @@ def run_streams(model: Model, sizes: Sizes) -> float:
     _finish(model.device)
     start = time.perf_counter()
     drawn: dict[int, int] = {}
-    for new, part in zip(plan.new_requests, plan.scheduled, strict=True):
-        drawn |= _step(model, requests, StepPlan(0, [], [new], [part]))
+    for new, chunk in zip(plan.new_requests, plan.chunks, strict=True):
+        drawn |= _step(model, requests, StepPlan(0, new_requests=[new], chunks=[chunk]))
     for step in range(sizes.num_output_tokens - 1):
-        parts = [
-            ScheduledRequest(index, sizes.context + step, 1, [token], [], True)
-            for index, token in drawn.items()
-        ]
-        drawn = _step(model, requests, StepPlan(step + 1, [], [], parts))
+        lengths = [sizes.context + step] * len(drawn)
+        decodes = Decodes([*drawn], lengths, [*drawn.values()])
+        drawn = _step(model, requests, StepPlan(step + 1, decodes=decodes))
     taken = time.perf_counter() - start
     return sizes.num_streams * sizes.num_output_tokens / taken
 
@@ -230,8 +228,8 @@ def run_streams(model: Model, sizes: Sizes) -> float:
 def _step(model: Model, requests: RequestTable, plan: StepPlan) -> dict[int, int]:
     requests.apply(plan)
     batch = model.batches.build(plan, requests)
-    tokens = draw_tokens(batch, model.run(batch, None), requests)
-    return {token.request_index: token.token_id for token in tokens}
+    result = draw(plan.step_id, batch, model.run(batch, None), requests)
+    return dict(zip(plan.drawing_indexes, result.token_ids, strict=True))
 
 
 def run_transformers(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
-from shardline_scheduler.plan import NewRequest, SamplingParams, ScheduledRequest, StepPlan
+from shardline_scheduler.plan import Chunk, NewRequest, SamplingParams, StepPlan
 from shardline_shards.attention import allocate_kv, select_backend
 from shardline_shards.batch import BatchBuilder, RequestTable, StepBatch
 from shardline_shards.checkpoint import load_dummy
@@ -113,7 +113,7 @@ class Model:
     def requests(self, count: int, num_tokens: int, room: int) -> tuple[RequestTable, StepPlan]:
         """`count` requests of random tokens, with blocks for `room` more of each."""
         generator = torch.Generator().manual_seed(count)
-        new, scheduled = [], []
+        new, chunks = [], []
         num_blocks = -(-(num_tokens + room) // self.block_size)
         for index in range(count):
             shape = (num_tokens,)
@@ -121,17 +121,17 @@ class Model:
             sampling = SamplingParams(max_tokens=room, seed=index, temperature=0.0)
             new.append(NewRequest(index, tokens, num_tokens, sampling))
             blocks = list(range(index * num_blocks, (index + 1) * num_blocks))
-            scheduled.append(ScheduledRequest(index, 0, num_tokens, [], blocks, True))
-        return RequestTable(), StepPlan(0, [], new, scheduled)
+            chunks.append(Chunk(index, 0, num_tokens, blocks, True))
+        return RequestTable(), StepPlan(0, new_requests=new, chunks=chunks)
 
     def decodes(self, count: int, context: int) -> StepBatch:
         """A step of one more token for each of `count` sequences of `context` tokens."""
         requests, plan = self.requests(count, context, 1)
         last = [
-            ScheduledRequest(part.request_index, context - 1, 1, [], part.block_ids, True)
-            for part in plan.scheduled
+            Chunk(chunk.request_index, context - 1, 1, chunk.block_ids, True)
+            for chunk in plan.chunks
         ]
-        plan = StepPlan(0, [], plan.new_requests, last)
+        plan = StepPlan(0, new_requests=plan.new_requests, chunks=last)
         requests.apply(plan)
         return self.batches.build(plan, requests)
 

@@ -20,7 +20,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from shardline_scheduler.plan import NewRequest, SamplingParams, ScheduledRequest, StepPlan
+from shardline_scheduler.plan import Chunk, NewRequest, SamplingParams, StepPlan
 from shardline_shards.attention import KVShape, allocate_kv, select_backend
 from shardline_shards.batch import BatchBuilder, RequestTable, StepBatch
 from shardline_shards.checkpoint import load_weights
@@ -82,13 +82,11 @@ def make_batch(batches: BatchBuilder, num_requests: int, first: int, count: int)
     tokens = [(7 * i) % 1000 for i in range(first + count)]
     num_blocks = -(-len(tokens) // BLOCK_SIZE)
     new = [NewRequest(index, tokens, len(tokens), sampling) for index in range(num_requests)]
-    scheduled = [
-        ScheduledRequest(
-            i, first, count, [], list(range(i * num_blocks, (i + 1) * num_blocks)), True
-        )
+    chunks = [
+        Chunk(i, first, count, list(range(i * num_blocks, (i + 1) * num_blocks)), True)
         for i in range(num_requests)
     ]
-    requests, plan = RequestTable(), StepPlan(0, [], new, scheduled)
+    requests, plan = RequestTable(), StepPlan(0, new_requests=new, chunks=chunks)
     requests.apply(plan)
     return batches.build(plan, requests)
 

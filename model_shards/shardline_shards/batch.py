@@ -8,19 +8,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shardline_scheduler.plan import (
-    LAST_DRAWN,
-    NewRequest,
-    SamplingParams,
-    ScheduledRequest,
-    StepPlan,
-)
+from shardline_scheduler.plan import LAST_DRAWN, Chunk, Decodes, NewRequest, StepPlan
 from shardline_shards.attention import AttentionBackend, KVLayer, PagedBatch
+from shardline_shards.sampling import SampleRow
 from shardline_shards.upload import upload
 
 
 @dataclass(slots=True)
-class RequestState:
+class RequestState(SampleRow):
     """One live request: its tokens so far and where their keys and values lie.
 
     `last_drawn` is the token that was drawn last for it, which becomes one of its tokens when the
@@ -28,42 +23,37 @@ class RequestState:
     place: the first stage's until it has come there, others for good, since they need no tokens.
     """
 
-    token_ids: list[int]
-    num_prompt_tokens: int
-    sampling: SamplingParams
     block_ids: list[int] = field(default_factory=list)
     last_drawn: int = LAST_DRAWN
 
-    def extend(self, token_ids: Sequence[int]) -> None:
-        """Tokens of a plan follow."""
-        for token in token_ids:
-            if token == LAST_DRAWN:
-                token = self.last_drawn
-            self.token_ids.append(token)
-
 
 @dataclass(frozen=True, slots=True)
-class LogitRow:
-    """A row of the step's logits: for the token that follows position `position` of a request."""
+class PromptRows:
+    """Rows of the step's logits that tell of a request's prompt: what follows each of the positions
+    `start`, `start + 1`, …
+    """
 
     request_index: int
-    position: int
-    samples: bool
+    start: int
+    num_rows: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBatch:
     """The tensors of one step, the same on every rank; requests lie one after the other.
 
-    input_ids   int64 [num_tokens]
-    positions   int64 [num_tokens]
-    logit_rows  which tokens need logits: indexes into [0, num_tokens), in the order of `rows`
+    input_ids      int64 [num_tokens]
+    positions      int64 [num_tokens]
+    logit_indexes  int64 [num_rows], which tokens need logits: indexes into [0, num_tokens), first
+                   those that a token is drawn from, for the requests `drawing`; then those of
+                   `prompt_rows`
     """
 
     input_ids: Tensor
     positions: Tensor
     logit_indexes: Tensor
-    rows: list[LogitRow]
+    drawing: list[int]
+    prompt_rows: list[PromptRows]
     paged: PagedBatch
 
     @property
@@ -98,16 +88,23 @@ class RequestTable:
             del self._requests[request_index]
         for new in plan.new_requests:
             self._learn(new)
-        for scheduled in plan.scheduled:
-            request = self._requests[scheduled.request_index]
-            request.extend(scheduled.token_ids)
-            if scheduled.block_ids:
-                request.block_ids.extend(scheduled.block_ids)
-                self.num_blocks_used = max(self.num_blocks_used, max(scheduled.block_ids) + 1)
+        decodes = plan.decodes
+        for request_index, token_id in zip(decodes.request_indexes, decodes.token_ids, strict=True):
+            request = self._requests[request_index]
+            request.token_ids.append(request.last_drawn if token_id == LAST_DRAWN else token_id)
+        for row, block_id in decodes.new_blocks:
+            self._give(decodes.request_indexes[row], (block_id,))
+        for chunk in plan.chunks:
+            self._give(chunk.request_index, chunk.block_ids)
+
+    def _give(self, request_index: int, block_ids: Sequence[int]) -> None:
+        if block_ids:
+            self._requests[request_index].block_ids.extend(block_ids)
+            self.num_blocks_used = max(self.num_blocks_used, max(block_ids) + 1)
 
     def _learn(self, new: NewRequest) -> None:
         self._requests[new.request_index] = RequestState(
-            list(new.token_ids), new.num_prompt_tokens, new.sampling
+            new.sampling, list(new.token_ids), new.num_prompt_tokens
         )
 
 
@@ -121,54 +118,96 @@ class BatchBuilder:
     device: torch.device
 
     def build(self, plan: StepPlan, requests: RequestTable) -> StepBatch:
-        """The tensors of `plan`, which has been applied to `requests` and schedules something.
-
-        Everything is a list first: between two steps the caches hold weights, and one loop is
-        back in them sooner than a dozen of numpy's functions.
-        """
-        scheduled, size = plan.scheduled, self.block_size
-        tables = [requests[entry.request_index].block_ids for entry in scheduled]
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        query_start, kv_lens = [0], []
-        for entry, blocks in zip(scheduled, tables, strict=True):
-            start = entry.num_computed_tokens
-            end = start + entry.num_scheduled_tokens
-            token_ids += requests[entry.request_index].token_ids[start:end]
-            positions += range(start, end)
-            for i in range(start // size, -(-end // size)):
-                shift = (blocks[i] - i) * size
-                slots += range(max(start, i * size) + shift, min(end, (i + 1) * size) + shift)
-            query_start.append(len(positions))
-            kv_lens.append(end)
-        rows, indexes = _logit_rows(scheduled, query_start, requests)
+        """The tensors of `plan`, which has been applied to `requests` and schedules something."""
+        step = _Columns(self.block_size)
+        step.add_decodes(plan.decodes, requests)
+        for chunk in plan.chunks:
+            step.add_chunk(chunk, requests[chunk.request_index])
         arrays = (
-            np.array(token_ids, dtype=np.int64),
-            np.array(positions, dtype=np.int64),
-            np.array(indexes, dtype=np.int64),
-            np.array(query_start, dtype=np.int32),
-            np.array(kv_lens, dtype=np.int32),
-            _block_tables(tables),
-            np.array(slots, dtype=np.int64),
+            np.array(step.token_ids, dtype=np.int64),
+            np.array(step.positions, dtype=np.int64),
+            np.array(step.drawn_at + step.told_at, dtype=np.int64),
+            np.array(step.query_start, dtype=np.int32),
+            np.array(step.kv_lens, dtype=np.int32),
+            _block_tables(step.tables),
+            np.array(step.slots, dtype=np.int64),
         )
         ids, places, logit_indexes, first, lens, block_tables, to = upload(arrays, self.device)
         return StepBatch(
             input_ids=ids,
             positions=places,
             logit_indexes=logit_indexes,
-            rows=rows,
+            drawing=plan.drawing_indexes,
+            prompt_rows=step.prompt_rows,
             paged=PagedBatch(
                 query_start=first,
                 kv_lens=lens,
                 block_tables=block_tables,
                 slots=to,
-                max_query_len=max(entry.num_scheduled_tokens for entry in scheduled),
-                max_kv_len=max(kv_lens),
+                max_query_len=max((chunk.num_scheduled_tokens for chunk in plan.chunks), default=1),
+                max_kv_len=max(step.kv_lens),
                 kv_layers=self.kv_layers,
                 backend=self.backend,
             ),
         )
+
+
+@dataclass(slots=True)
+class _Columns:
+    """What becomes the tensors of a step. Lists first: between two steps the caches hold weights,
+    and a few loops are back in them sooner than a dozen of numpy's functions.
+
+    Tokens are drawn from the logits of tokens `drawn_at`; those of `told_at` tell of prompts.
+    """
+
+    block_size: int
+    token_ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    query_start: list[int] = field(default_factory=lambda: [0])
+    kv_lens: list[int] = field(default_factory=list)
+    tables: list[list[int]] = field(default_factory=list)
+    drawn_at: list[int] = field(default_factory=list)
+    told_at: list[int] = field(default_factory=list)
+    prompt_rows: list[PromptRows] = field(default_factory=list)
+
+    def add_decodes(self, decodes: Decodes, requests: RequestTable) -> None:
+        """They come first."""
+        size, states = self.block_size, [requests[index] for index in decodes.request_indexes]
+        self.token_ids = [state.token_ids[-1] for state in states]
+        self.positions = list(decodes.num_computed_tokens)
+        self.tables = [state.block_ids for state in states]
+        self.slots = [
+            table[position // size] * size + position % size
+            for table, position in zip(self.tables, self.positions, strict=True)
+        ]
+        self.kv_lens = [position + 1 for position in self.positions]
+        self.query_start = list(range(len(states) + 1))
+        self.drawn_at = list(range(len(states)))
+
+    def add_chunk(self, chunk: Chunk, request: RequestState) -> None:
+        """Behind what there is."""
+        first, start = len(self.positions), chunk.num_computed_tokens
+        end = start + chunk.num_scheduled_tokens
+        self.token_ids += request.token_ids[start:end]
+        self.positions += range(start, end)
+        self._add_slots(request.block_ids, start, end)
+        self.tables.append(request.block_ids)
+        self.kv_lens.append(end)
+        self.query_start.append(len(self.positions))
+        if chunk.samples:
+            self.drawn_at.append(len(self.positions) - 1)
+        # Every prompt token but the last tells of the next one.
+        num_told = min(end, request.num_prompt_tokens - 1) - start
+        if request.sampling.num_prompt_logprobs is not None and num_told > 0:
+            self.told_at += range(first, first + num_told)
+            self.prompt_rows.append(PromptRows(chunk.request_index, start, num_told))
+
+    def _add_slots(self, block_ids: list[int], start: int, end: int) -> None:
+        size = self.block_size
+        for i in range(start // size, -(-end // size)):
+            shift = (block_ids[i] - i) * size
+            self.slots += range(max(start, i * size) + shift, min(end, (i + 1) * size) + shift)
 
 
 def _block_tables(tables: list[list[int]]) -> NDArray[np.int32]:
@@ -176,25 +215,3 @@ def _block_tables(tables: list[list[int]]) -> NDArray[np.int32]:
     for row, table in zip(padded, tables, strict=True):
         row[: len(table)] = table
     return padded
-
-
-def _logit_rows(
-    scheduled: list[ScheduledRequest], query_start: list[int], requests: RequestTable
-) -> tuple[list[LogitRow], list[int]]:
-    """Rows for prompt logprobs (every prompt token but the last) and for the tokens to be drawn."""
-    rows: list[LogitRow] = []
-    indexes: list[int] = []
-    for entry, start in zip(scheduled, query_start, strict=False):
-        first, last = (
-            entry.num_computed_tokens,
-            entry.num_computed_tokens + entry.num_scheduled_tokens,
-        )
-        request = requests[entry.request_index]
-        if request.sampling.num_prompt_logprobs is not None:
-            for position in range(first, min(last, request.num_prompt_tokens - 1)):
-                rows.append(LogitRow(entry.request_index, position, False))
-                indexes.append(start + position - first)
-        if entry.samples:
-            rows.append(LogitRow(entry.request_index, last - 1, True))
-            indexes.append(start + last - 1 - first)
-    return rows, indexes

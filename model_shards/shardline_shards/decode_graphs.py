@@ -117,7 +117,7 @@ class DecodeGraphs:
         return output if self._stage.is_last else output.clone()
 
     def _find_rung(self, batch: StepBatch) -> _Rung | None:
-        is_decode = batch.paged.max_query_len == 1 and len(batch.rows) == batch.num_tokens
+        is_decode = batch.paged.max_query_len == 1 and len(batch.drawing) == batch.num_tokens
         place = bisect_left(self._sizes, batch.num_tokens)
         if not is_decode or place == len(self._sizes):
             return None
@@ -146,7 +146,8 @@ class DecodeGraphs:
             input_ids=torch.zeros(size, dtype=torch.int64, device=device),
             positions=torch.zeros(size, dtype=torch.int64, device=device),
             logit_indexes=torch.arange(size, device=device),
-            rows=[],
+            drawing=[],
+            prompt_rows=[],
             paged=PagedBatch(
                 query_start=torch.arange(size + 1, dtype=torch.int32, device=device),
                 kv_lens=torch.ones(size, dtype=torch.int32, device=device),

@@ -6,50 +6,36 @@ What was drawn is also kept, for a next step that was planned before the engine 
 import torch
 from torch import Tensor
 
-from shardline_scheduler.plan import PromptLogprobs, SampledToken
-from shardline_shards.batch import RequestTable, StepBatch
-from shardline_shards.sampling import SampleRow, prompt_logprobs, sample
+from shardline_scheduler.plan import PromptLogprobs, StepResult, TokenLogprobs
+from shardline_shards.batch import PromptRows, RequestTable, StepBatch
+from shardline_shards.sampling import prompt_logprobs, sample
 
 
-def draw_tokens(batch: StepBatch, logits: Tensor, requests: RequestTable) -> list[SampledToken]:
-    """A token for each of the rows that samples; `logits` [num_rows, vocab_size]."""
-    drawn = [(index, row) for index, row in enumerate(batch.rows) if row.samples]
-    if not drawn:
-        return []
-    if len(drawn) < len(batch.rows):
-        logits = logits[[index for index, _ in drawn]]
-    indexes = [row.request_index for _, row in drawn]
-    states = [requests[index] for index in indexes]
-    tokens = sample(
-        logits, [SampleRow(s.sampling, s.token_ids, s.num_prompt_tokens) for s in states]
-    )
-    for state, (token_id, _) in zip(states, tokens, strict=True):
+def draw(step_id: int, batch: StepBatch, logits: Tensor, requests: RequestTable) -> StepResult:
+    """The result of a step; `logits` [num_rows, vocab_size], in the order of `logit_indexes`."""
+    num_drawn = len(batch.drawing)
+    token_ids, logprobs = _draw_tokens(batch.drawing, logits[:num_drawn], requests)
+    told, first_row = [], num_drawn
+    for rows in batch.prompt_rows:
+        own_logits = logits[first_row : first_row + rows.num_rows]
+        told.append(_tell_prompt(rows, own_logits, requests))
+        first_row += rows.num_rows
+    return StepResult(step_id, token_ids, logprobs, told)
+
+
+def _draw_tokens(
+    request_indexes: list[int], logits: Tensor, requests: RequestTable
+) -> tuple[list[int], dict[int, TokenLogprobs]]:
+    """A token from each row of `logits`, for these requests; and logprobs by request index."""
+    states = [requests[index] for index in request_indexes]
+    token_ids, logprobs = sample(logits, states)
+    for state, token_id in zip(states, token_ids, strict=True):
         state.last_drawn = token_id
-    return [
-        SampledToken(index, token_id, logprobs)
-        for index, (token_id, logprobs) in zip(indexes, tokens, strict=True)
-    ]
+    return token_ids, {request_indexes[row]: own for row, own in logprobs.items()}
 
 
-def draw_prompt_logprobs(
-    batch: StepBatch, logits: Tensor, requests: RequestTable
-) -> list[PromptLogprobs]:
-    """Of the prompt tokens that this step's rows predict, for each request that asked."""
-    by_request: dict[int, list[int]] = {}
-    for index, row in enumerate(batch.rows):
-        if not row.samples:
-            by_request.setdefault(row.request_index, []).append(index)
-    return [
-        _prompt_part(batch, logits, requests, request_index, indexes)
-        for request_index, indexes in by_request.items()
-    ]
-
-
-def _prompt_part(
-    batch: StepBatch, logits: Tensor, requests: RequestTable, request_index: int, indexes: list[int]
-) -> PromptLogprobs:
-    request = requests[request_index]
-    start = batch.rows[indexes[0]].position + 1
-    targets = torch.tensor(request.token_ids[start : start + len(indexes)])
+def _tell_prompt(rows: PromptRows, logits: Tensor, requests: RequestTable) -> PromptLogprobs:
+    request, start = requests[rows.request_index], rows.start + 1
+    targets = torch.tensor(request.token_ids[start : start + rows.num_rows])
     top = request.sampling.num_prompt_logprobs or 0
-    return PromptLogprobs(request_index, start, prompt_logprobs(logits[indexes], targets, top))
+    return PromptLogprobs(rows.request_index, start, prompt_logprobs(logits, targets, top))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardline_scheduler.plan import LAST_DRAWN, SampledToken, StepPlan
+from shardline_scheduler.plan import LAST_DRAWN, StepPlan
 from shardline_shards.batch import RequestState, RequestTable, StepBatch
 from shardline_shards.communicators import Communicators
 
@@ -48,22 +48,22 @@ class DrawnTokens:
         """
         if not self._is_first or (self._num_stages == 1 and self._collectives.size == 1):
             return
-        indexes = [part.request_index for part in plan.scheduled if LAST_DRAWN in part.token_ids]
-        self._take_in(indexes)
-        if indexes:
-            states = [self._requests[index] for index in indexes]
+        indexes, token_ids = plan.decodes.request_indexes, plan.decodes.token_ids
+        rows = [row for row, token_id in enumerate(token_ids) if token_id == LAST_DRAWN]
+        self._take_in([indexes[row] for row in rows])
+        if rows:
+            states = [self._requests[indexes[row]] for row in rows]
             tokens = self._share([state.last_drawn for state in states])
-            self._put(plan, batch, states, tokens)
-        self._expect(plan)
+            self._put(batch, rows, states, tokens)
+        self._expect(plan.drawing_indexes)
 
-    def send(self, tokens: Sequence[SampledToken]) -> None:
+    def send(self, token_ids: Sequence[int]) -> None:
         """Where they were drawn: send them on their way, if the first stage is another one."""
-        if self._link is not None and self._is_last and tokens:
-            self._link.send(self._tensor([[token.token_id] for token in tokens]))
+        if self._link is not None and self._is_last and token_ids:
+            self._link.send(self._tensor([[token_id] for token_id in token_ids]))
 
-    def _expect(self, plan: StepPlan) -> None:
-        """Let what this step draws come in meanwhile."""
-        drawn = [part.request_index for part in plan.scheduled if part.samples]
+    def _expect(self, drawn: list[int]) -> None:
+        """Let what this step draws for these requests come in meanwhile."""
         if self._link is not None and drawn:
             wait = self._link.begin_receive(len(drawn), 1, torch.int64)
             self._coming.append(_Coming(drawn, wait))
@@ -93,17 +93,12 @@ class DrawnTokens:
         return [int(token_id) for token_id in shared.tolist()]
 
     def _put(
-        self, plan: StepPlan, batch: StepBatch, states: list[RequestState], tokens: list[int]
+        self, batch: StepBatch, rows: list[int], states: list[RequestState], tokens: list[int]
     ) -> None:
-        rows, row = [], 0
-        for part in plan.scheduled:
-            if LAST_DRAWN in part.token_ids:
-                rows.append(row)
-            row += part.num_scheduled_tokens
         for state, token_id in zip(states, tokens, strict=True):
             assert token_id != LAST_DRAWN, "a token that nobody has drawn"
             state.token_ids[-1] = state.last_drawn = token_id
-        batch.input_ids[rows] = self._tensor(tokens)
+        batch.input_ids[rows] = self._tensor(tokens)  # a decode is one token, and they come first
 
     def _tensor(self, numbers: object, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(numbers, dtype=dtype, device=self._device)

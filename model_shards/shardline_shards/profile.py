@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from shardline_scheduler.plan import NewRequest, SamplingParams, ScheduledRequest, StepPlan
+from shardline_scheduler.plan import Chunk, NewRequest, SamplingParams, StepPlan
 from shardline_shards.attention import KVLayer, allocate_kv, select_backend
 from shardline_shards.batch import BatchBuilder, RequestTable, StepBatch
 from shardline_shards.checkpoint import load_dummy
@@ -25,7 +25,7 @@ from shardline_shards.errors import ShardError
 from shardline_shards.layout import ParallelLayout, Place
 from shardline_shards.messages import ProfileConfig, ProfileOutcome
 from shardline_shards.partition import LayerTimes
-from shardline_shards.sampling import SampleRow, sample
+from shardline_shards.sampling import sample
 from shardline_shards.stage import Stage
 from shardline_shards.stage_model import StageModel, build_stage_model, decoder_layers, load_config
 
@@ -192,11 +192,7 @@ def choose_samples(kinds: list[int]) -> list[_Sample]:
 def _step(stage: Stage, batch: StepBatch, hidden: Tensor | None, requests: RequestTable) -> None:
     output = stage.run(batch, hidden)
     if stage.is_last:
-        states = [requests[row.request_index] for row in batch.rows]
-        sample(
-            output,
-            [SampleRow(s.sampling, s.token_ids, s.num_prompt_tokens) for s in states],
-        )
+        sample(output, [requests[index] for index in batch.drawing])
 
 
 def _shapes(layer: nn.Module) -> str:
@@ -208,12 +204,12 @@ def _blocks_each() -> int:
 
 
 def _plan(with_chunk: bool) -> StepPlan:
-    parts = [_part(index, _CONTEXT, 1) for index in range(_NUM_DECODES)]
+    chunks = [_last_tokens(index, _CONTEXT, 1) for index in range(_NUM_DECODES)]
     new = [_new(index, _CONTEXT + 1) for index in range(_NUM_DECODES)]
     if with_chunk:
-        parts.append(_part(_NUM_DECODES, 0, _CHUNK))
+        chunks.append(_last_tokens(_NUM_DECODES, 0, _CHUNK))
         new.append(_new(_NUM_DECODES, _CHUNK))
-    return StepPlan(0, [], new, parts)
+    return StepPlan(0, new_requests=new, chunks=chunks)
 
 
 def _new(index: int, num_tokens: int) -> NewRequest:
@@ -222,7 +218,7 @@ def _new(index: int, num_tokens: int) -> NewRequest:
     return NewRequest(index, [0] * num_tokens, num_tokens, sampling)
 
 
-def _part(index: int, num_computed: int, num_scheduled: int) -> ScheduledRequest:
+def _last_tokens(index: int, num_computed: int, num_scheduled: int) -> Chunk:
     first = index * _blocks_each()
     block_ids = list(range(first, first + _blocks_each()))
-    return ScheduledRequest(index, num_computed, num_scheduled, [], block_ids, True)
+    return Chunk(index, num_computed, num_scheduled, block_ids, True)

@@ -11,19 +11,13 @@ import msgspec
 import torch
 from torch import Tensor
 
-from shardline_scheduler.plan import (
-    NewRequest,
-    SamplingParams,
-    ScheduledRequest,
-    StepPlan,
-    StepResult,
-)
+from shardline_scheduler.plan import Chunk, NewRequest, SamplingParams, StepPlan, StepResult
 from shardline_shards.attention import KVShape, PagesAhead, allocate_kv, select_backend
-from shardline_shards.batch import BatchBuilder, RequestTable, StepBatch
+from shardline_shards.batch import BatchBuilder, RequestTable
 from shardline_shards.checkpoint import LoadReport, load_dummy, load_weights
 from shardline_shards.communicators import Communicators
 from shardline_shards.decode_graphs import CudaRecorder, DecodeGraphs, sizes_up_to
-from shardline_shards.drawing import draw_prompt_logprobs, draw_tokens
+from shardline_shards.drawing import draw
 from shardline_shards.drawn_tokens import DrawnTokens
 from shardline_shards.engine_channel import EngineChannel
 from shardline_shards.errors import LostPeer, ShardError, UnsupportedModel
@@ -234,10 +228,10 @@ class Worker:
     def _try_out(self) -> None:
         """Compute one token, over all ranks: what cannot be served shows now, not at a request."""
         sampling = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
-        new, part = NewRequest(-1, [0], 1, sampling), ScheduledRequest(-1, 0, 1, [], [0], True)
+        new, chunk = NewRequest(-1, [0], 1, sampling), Chunk(-1, 0, 1, [0], True)
         with _refusing():
-            self._compute(StepPlan(-1, [], [new], [part]))
-        self.requests.apply(StepPlan(-1, [-1], [], []))
+            self._compute(StepPlan(-1, new_requests=[new], chunks=[chunk]))
+        self.requests.apply(StepPlan(-1, released=[-1]))
 
     def _kv_shape(self) -> KVShape:
         config = self.config
@@ -296,7 +290,7 @@ class Worker:
 
     def _compute(self, plan: StepPlan) -> StepResult | None:
         """Carry out a plan; the result, on the rank that draws tokens."""
-        num_tokens = sum(part.num_scheduled_tokens for part in plan.scheduled)
+        num_tokens = plan.num_tokens
         self.ledger.begin(plan.step_id, self.channel.checksum, num_tokens)
         receive_hidden = self._expect_hidden(num_tokens)
         self.requests.apply(plan)
@@ -309,9 +303,11 @@ class Worker:
         output = (self.graphs or self.stage).run(batch, hidden)
         link = self.communicators.next
         is_drawer = link is None and self.config.place.tp_rank == 0
-        result = self._draw(plan.step_id, batch, output) if is_drawer else None
-        if result is not None:
-            self.drawn.send(result.tokens)
+        result = None
+        if is_drawer:
+            self.ledger.note(Operation.DRAW, output.shape, is_shared=False)
+            result = draw(plan.step_id, batch, output, self.requests)
+            self.drawn.send(result.token_ids)
         self._wait_for_device()
         self.timer.lap(Part.COMPUTE)
         if link is not None:
@@ -330,14 +326,6 @@ class Worker:
         if link is None:
             return lambda: None
         return link.begin_receive(num_tokens, stage.hidden_size, stage.dtype)
-
-    def _draw(self, step_id: int, batch: StepBatch, logits: Tensor) -> StepResult:
-        self.ledger.note(Operation.DRAW, logits.shape, is_shared=False)
-        return StepResult(
-            step_id,
-            draw_tokens(batch, logits, self.requests),
-            draw_prompt_logprobs(batch, logits, self.requests),
-        )
 
 
 @contextmanager

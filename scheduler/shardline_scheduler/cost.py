@@ -1,7 +1,9 @@
 """What one step can afford."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
+
+from .plan import StepPlan
 
 
 @dataclass(slots=True)
@@ -16,6 +18,14 @@ class StepLoad:
     num_decodes: int = 0
     decode_context: int = 0
     prefill_context: int = 0
+
+    @classmethod
+    def of(cls, plan: StepPlan) -> Self:
+        """The work of a whole step."""
+        load = cls(0, len(plan.decodes), sum(plan.decodes.num_computed_tokens), 0)
+        for chunk in plan.chunks:
+            load.add(chunk.num_scheduled_tokens, chunk.num_computed_tokens)
+        return load
 
     @property
     def num_tokens(self) -> int:

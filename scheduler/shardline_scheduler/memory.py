@@ -60,13 +60,6 @@ class KvMemory:
         """Whether the next token to be computed has no slot yet."""
         return request.num_computed_tokens >= len(request.block_table) * self.block_size
 
-    def grow_for_next(self, requests: Iterable[Request]) -> None:
-        """One more block to each whose next token has no slot yet; there must be enough."""
-        size = self.block_size
-        for request in requests:
-            if request.num_computed_tokens >= len(request.block_table) * size:
-                self.grow(request)
-
     def grow(self, request: Request) -> None:
         """One more block at the end of the table."""
         request.block_table += self.pool.allocate(1)
@@ -90,11 +83,14 @@ class KvMemory:
             self.pool.cache.insert(request.block_digests[i], request.block_table[i])
         request.num_registered_blocks = num_full
 
-    def register_late(self, request: Request) -> None:
-        """A token has come; if a step that reads it is in flight, it may have filled a block."""
-        num_known = len(request.token_ids)
-        if not num_known % self.block_size and request.num_computed_tokens >= num_known:
-            self.register(request)
+    def register_late(self, requests: Iterable[Request]) -> None:
+        """A token has come to each; if a step that reads it is in flight, it may have filled a
+        block.
+        """
+        for request in requests:
+            num_known = len(request.token_ids)
+            if not num_known % self.block_size and request.num_computed_tokens >= num_known:
+                self.register(request)
 
     def free(self, request: Request) -> None:
         """Give all blocks of the request back."""

@@ -61,19 +61,34 @@ class NewRequest(Struct, frozen=True, array_like=True):
     sampling: SamplingParams
 
 
-class ScheduledRequest(Struct, frozen=True, array_like=True, gc=False):
-    """One request's part of a step: compute tokens [num_computed, num_computed + num_scheduled).
+class Decodes(Struct, frozen=True, array_like=True):
+    """Requests that compute one token each and draw the next one, as columns of one length.
 
-    `token_ids` are appended to the request's tokens before the step runs: the sampled tokens that
-    the workers have not been told yet, or `LAST_DRAWN`. `block_ids` are appended to its block
-    table.
-    `samples` says that a token is drawn from the logits of the last scheduled token.
+    Behind its `num_computed_tokens[i]` tokens, request `request_indexes[i]` gets `token_ids[i]`,
+    drawn before but not told to the workers yet, or `LAST_DRAWN`. `new_blocks` are pairs (i, id):
+    blocks that are appended to its block table.
+    """
+
+    request_indexes: list[int] = []
+    num_computed_tokens: list[int] = []
+    token_ids: list[int] = []
+    new_blocks: list[tuple[int, int]] = []
+
+    def __len__(self) -> int:
+        return len(self.request_indexes)
+
+
+class Chunk(Struct, frozen=True, array_like=True, gc=False):
+    """Tokens [num_computed, num_computed + num_scheduled) of a request, which the workers know: of
+    its prompt, or of what is computed again.
+
+    `block_ids` are appended to its block table. `samples` says that a token is drawn from the
+    logits of the last one.
     """
 
     request_index: int
     num_computed_tokens: int
     num_scheduled_tokens: int
-    token_ids: Sequence[int]
     block_ids: Sequence[int]
     samples: bool
 
@@ -82,22 +97,31 @@ class StepPlan(Struct, frozen=True, array_like=True, tag=True):
     """What every rank does in one step, applied in this order: forget, learn, compute.
 
     `released` are the indexes of requests that the workers forget (finished, aborted, preempted).
-    Plans are executed strictly in the order of `step_id`, so a block that one plan frees may be
-    written by the next one.
+    The tokens of `decodes` come first, then those of `chunks`. Plans are executed strictly in the
+    order of `step_id`, so a block that one plan frees may be written by the next one.
     """
 
     step_id: int
-    released: list[int]
-    new_requests: list[NewRequest]
-    scheduled: list[ScheduledRequest]
+    released: list[int] = []
+    new_requests: list[NewRequest] = []
+    decodes: Decodes = Decodes()
+    chunks: list[Chunk] = []
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are computed."""
+        return len(self.decodes) + sum(chunk.num_scheduled_tokens for chunk in self.chunks)
 
-class SampledToken(Struct, frozen=True, array_like=True, gc=False):
-    """A drawn token, with its logprobs where the request asked for them."""
+    @property
+    def request_indexes(self) -> list[int]:
+        """Of everybody for whom something is computed, in this order."""
+        return self.decodes.request_indexes + [chunk.request_index for chunk in self.chunks]
 
-    request_index: int
-    token_id: int
-    logprobs: TokenLogprobs | None
+    @property
+    def drawing_indexes(self) -> list[int]:
+        """Of everybody for whom a token is drawn, in the order in which the result tells them."""
+        chunks = [chunk.request_index for chunk in self.chunks if chunk.samples]
+        return self.decodes.request_indexes + chunks
 
 
 class PromptLogprobs(Struct, frozen=True, array_like=True):
@@ -147,12 +171,15 @@ class StageTiming(Struct, frozen=True, array_like=True):
 
 
 class StepResult(Struct, frozen=True, array_like=True, tag=True):
-    """What the last stage sends back: one token for each scheduled request that samples.
+    """What the last stage sends back: the tokens that it drew, in the order of the plan's
+    `drawing_indexes`.
 
-    `timing` is the last stage's own; a stage before it reports on another message.
+    `logprobs` are told by request index, where they were asked for. `timing` is the last stage's
+    own; a stage before it reports on another message.
     """
 
     step_id: int
-    tokens: list[SampledToken]
-    prompt_logprobs: list[PromptLogprobs]
+    token_ids: list[int]
+    logprobs: dict[int, TokenLogprobs] = {}
+    prompt_logprobs: list[PromptLogprobs] = []
     timing: StageTiming | None = None

@@ -75,12 +75,9 @@ class Planner:
         while len(step) < cap and (decodes := self._running.pop_decodes(cap - len(step), guest)):
             num_ready = self._count_ready(decodes, step.step_id)
             num_timely = self._count_within(limit_s, step.load, decodes[:num_ready])
-            timely = decodes[:num_timely]
-            if self._memory.pool.num_available >= len(timely):
-                able = [r for r in timely if r.state is _RUNNING]
-                self._memory.grow_for_next(able)
-            else:
-                able = [r for r in timely if self._can_go_on(r, step, victims, passed_over)]
+            able = decodes[:num_timely]
+            if self._memory.pool.num_available < len(able):
+                able = [r for r in able if self._can_go_on(r, step, victims, passed_over)]
             step.take_decodes(able)
             taken += able
             if num_timely < len(decodes):

@@ -7,6 +7,8 @@ from .request import Request
 from .terms import Rank
 
 _PROMISED = Rank.PROMISED
+# Tokens of a request, where steps are planned ahead.
+_MOST_IN_FLIGHT = 2
 
 
 class RunningRequests:
@@ -94,20 +96,24 @@ class RunningRequests:
             promised.remove(index)
             guests.append(index)
 
-    def take_token(self, request: Request) -> None:
-        """Its token is back, and it goes on, without strikes; it is the youngest."""
-        had_strikes, request.num_strikes = request.num_strikes, 0
-        # Ahead, it is in the queue already if nothing but this token was in flight.
-        if not self._plans_ahead or (
-            (request.num_tokens_in_flight or had_strikes) and may_plan_ahead(request)
-        ):
-            self._decodes[request.terms.rank is not _PROMISED].append(request.request_index)
+    def take_tokens(self, requests: Iterable[Request]) -> None:
+        """Their tokens are back, and they go on, without strikes; they are the youngest."""
+        promised, guests = self._decodes
+        for request in requests:
+            had_strikes, request.num_strikes = request.num_strikes, 0
+            # Ahead, it is in the queue already if nothing but this token was in flight.
+            if not self._plans_ahead or (
+                (request.num_tokens_in_flight or had_strikes) and may_plan_ahead(request)
+            ):
+                decodes = promised if request.terms.rank is _PROMISED else guests
+                decodes.append(request.request_index)
 
     def follow(self, decodes: Iterable[Request]) -> None:
         """A step has taken these, and is complete but for prompts."""
         if self._plans_ahead:
             for request in decodes:
-                self._queue_ahead(request)
+                if request.num_tokens_in_flight < _MOST_IN_FLIGHT:
+                    self._queue_ahead(request)
 
     def _queue_ahead(self, request: Request) -> None:
         if self._plans_ahead and may_plan_ahead(request):
@@ -123,7 +129,7 @@ class RunningRequests:
         decodes, find = self._decodes[guest], self._requests.get
         popped: list[Request] = []
         while decodes and (num_missing := num_wanted - len(popped)) > 0:
-            indexes = [decodes.popleft() for _ in range(min(num_missing, len(decodes)))]
+            indexes = _pop_first(decodes, num_missing)
             popped += [request for index in indexes if (request := find(index)) is not None]
         return popped
 
@@ -150,11 +156,20 @@ class RunningRequests:
         assert self._num_promised_decodes == num_promised, "promised decodes are miscounted"
 
 
+def _pop_first(queue: deque[int], count: int) -> list[int]:
+    if count < len(queue):
+        return [queue.popleft() for _ in range(count)]
+    first = list(queue)
+    queue.clear()
+    return first
+
+
 def may_plan_ahead(request: Request) -> bool:
     """Whether the token after the one in flight may be planned."""
     num_ahead = request.num_tokens_in_flight
+    num_tokens = len(request.token_ids) - request.num_prompt_tokens + num_ahead
     return (
-        num_ahead < 2
-        and request.num_output_tokens + num_ahead < request.sampling.max_tokens
+        num_ahead < _MOST_IN_FLIGHT
+        and num_tokens < request.sampling.max_tokens
         and not (num_ahead and request.num_strikes)
     )

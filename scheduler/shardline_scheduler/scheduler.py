@@ -26,7 +26,7 @@ from itertools import count
 from math import inf
 
 from .accuracy import StepLog
-from .budget import OnMiss
+from .budget import BudgetOutcome, OnMiss
 from .config import SchedulerConfig
 from .cost import StepCost, StepLoad, TokenBudget
 from .cost_model import PipeModel
@@ -36,7 +36,7 @@ from .leaving import late_requests
 from .outcome import Outcomes, outcome_of
 from .outputs import RequestOutput, SchedulerStats
 from .pipe_clock import PipeClock
-from .plan import SampledToken, StepPlan, StepResult, TokenLogprobs
+from .plan import StepPlan, StepResult, TokenLogprobs
 from .planner import Planner
 from .policy import POLICIES, Policy
 from .request import FinishReason, Request, RequestState
@@ -44,14 +44,19 @@ from .seating import Seating
 from .verdict import Ahead
 
 MAX_STRIKES = 2
+_RUNNING = RequestState.RUNNING
 
 
 @dataclass(slots=True, frozen=True)
 class _InFlight:
-    """What is remembered of a plan until its result comes. `is_alone` if the pipe was empty."""
+    """What is remembered of a plan until its result comes. `is_alone` if the pipe was empty.
+
+    Tokens are drawn for the `drawers`, whose indexes were `drawing_indexes` then.
+    """
 
     step_id: int
-    num_samples: int
+    drawers: list[Request]
+    drawing_indexes: list[int]
     load: StepLoad
     planned_at: float
     is_alone: bool
@@ -170,19 +175,21 @@ class Scheduler:
         self._num_steps += 1
         self._log.put(step.step_id, step.load)
         self._clock.plan(step.step_id, step.load, now, step.reads)
-        self._in_flight.append(
-            _InFlight(step.step_id, step.num_samples, step.load, now, not self._in_flight)
-        )
         # Released indexes wait for a plan with work in it: they cost an idle worker little, and
         # they are at most as many as were running.
-        return step.complete(self._seating.take_released())
+        plan, is_alone = step.complete(self._seating.take_released()), not self._in_flight
+        self._in_flight.append(
+            _InFlight(plan.step_id, step.drawers, plan.drawing_indexes, step.load, now, is_alone)
+        )
+        return plan
 
     def commit(self, result: StepResult, now: float) -> list[RequestOutput]:
         """Take in the result of the oldest plan in flight; returns the news."""
         self._set_time(now)
         expected = self._in_flight.popleft()
         assert result.step_id == expected.step_id, f"{result.step_id} instead of {expected}"
-        assert len(result.tokens) == expected.num_samples, f"{len(result.tokens)} for {expected}"
+        num_drawn = len(result.token_ids)
+        assert num_drawn == len(expected.drawers), f"{num_drawn} tokens for {expected}"
         self._clock.commit(result.step_id, now)
         if expected.is_alone:
             self.cost_model.observe_trip(expected.load, now - expected.planned_at)
@@ -191,12 +198,7 @@ class Scheduler:
             request = self._running.get(piece.request_index)
             if request is not None and (news := request.accept_prompt_logprobs(piece)):
                 prompt_logprobs[request] = news
-        outputs = []
-        for token in result.tokens:
-            request = self._running.get(token.request_index)
-            if request is not None:
-                accepted = prompt_logprobs.pop(request, ()) if prompt_logprobs else ()
-                outputs.append(self._accept(request, token, accepted, now))
+        outputs = self._take_tokens(expected, result, prompt_logprobs, now)
         for request, accepted in prompt_logprobs.items():
             outputs.append(RequestOutput.of(request, (), (), accepted, None))
         return outputs
@@ -334,35 +336,57 @@ class Scheduler:
         is_full = len(back_in) >= self.config.in_flight_limit
         return Ahead(back_in[0] if is_full else 0.0, back_in[-1], tuple(back_in[-2::-1]))
 
-    def _accept(
+    def _take_tokens(
         self,
-        request: Request,
-        token: SampledToken,
-        prompt_logprobs: Sequence[TokenLogprobs],
+        drawn: _InFlight,
+        result: StepResult,
+        prompt_logprobs: dict[Request, Sequence[TokenLogprobs]],
         now: float,
-    ) -> RequestOutput:
-        finish_reason, outcome = request.append(token.token_id, now), None
-        num_tokens = len(request.token_ids) - request.num_prompt_tokens
-        if finish_reason is not None:
-            self._remove(request, is_complete=True)
-            outcome = outcome_of(request, now, is_complete=True)
-            self._outcomes.count(request.budget, outcome)
-        else:
-            self._running.take_token(request)
-            if self._plans_ahead:
-                self._memory.register_late(request)
-            if num_tokens == 1 or num_tokens == request.terms.num_planned_tokens:
-                self._keeper.take_token(request)
-        return RequestOutput(
-            request.request_id,
-            num_tokens - 1,
-            (token.token_id,),
-            () if token.logprobs is None else (token.logprobs,),
-            prompt_logprobs,
-            finish_reason,
-            request.num_cached_tokens,
-            outcome,
-        )
+    ) -> list[RequestOutput]:
+        """Take in the tokens of a step, each with what there is of its prompt's logprobs.
+
+        One loop over all of them, thousands of times a second in a busy server.
+        """
+        outputs: list[RequestOutput] = []
+        going_on: list[Request] = []
+        logprobs = result.logprobs
+        for request, index, token_id in zip(
+            drawn.drawers, drawn.drawing_indexes, result.token_ids, strict=True
+        ):
+            if request.request_index != index or request.state is not _RUNNING:
+                continue
+            outcome: BudgetOutcome | None = None
+            finish_reason = request.append(token_id, now)
+            num_tokens = len(request.token_ids) - request.num_prompt_tokens
+            if finish_reason is not None:
+                outcome = self._finish(request, now)
+            else:
+                going_on.append(request)
+                if num_tokens == 1 or num_tokens == request.terms.num_planned_tokens:
+                    self._keeper.take_token(request)
+            outputs.append(
+                RequestOutput(
+                    request.request_id,
+                    num_tokens - 1,
+                    (token_id,),
+                    (logprobs[index],) if index in logprobs else (),
+                    prompt_logprobs.pop(request, ()) if prompt_logprobs else (),
+                    finish_reason,
+                    request.num_cached_tokens,
+                    outcome,
+                )
+            )
+        self._running.take_tokens(going_on)
+        if self._plans_ahead:
+            self._memory.register_late(going_on)
+        return outputs
+
+    def _finish(self, request: Request, now: float) -> BudgetOutcome:
+        """Its last token has come; how its budget was kept."""
+        self._remove(request, is_complete=True)
+        outcome = outcome_of(request, now, is_complete=True)
+        self._outcomes.count(request.budget, outcome)
+        return outcome
 
     def _degrade(self, request: Request) -> None:
         """Its budget is lost: from now on it gets what others leave over."""

@@ -1,36 +1,34 @@
 """A step in the making: what it holds so far, and what more it can afford."""
 
-from collections.abc import Sequence
-
 from .cost import StepCost, StepLoad
 from .memory import KvMemory
-from .plan import LAST_DRAWN, NewRequest, ScheduledRequest, StepPlan
+from .plan import LAST_DRAWN, Chunk, Decodes, NewRequest, StepPlan
 from .request import Request
-
-_LAST_DRAWN = (LAST_DRAWN,)
 
 
 class Step:
     """Collects parts until it is completed into a StepPlan.
 
-    `reads` is the last of the steps in flight whose drawn tokens it takes for known, or -1.
+    `reads` is the last of the steps in flight whose drawn tokens it takes for known, or -1. Tokens
+    are drawn for the `drawers`.
     """
 
     def __init__(self, step_id: int, cost: StepCost, memory: KvMemory) -> None:
         self.step_id = step_id
-        self.num_samples = 0
         self.reads = -1
+        self.drawers: list[Request] = []
         self._cost = cost
         self._memory = memory
         self.load = StepLoad()
         self._new_requests: list[NewRequest] = []
-        self._scheduled: list[ScheduledRequest] = []
+        self._decodes = Decodes()
+        self._chunks: list[Chunk] = []
         self._filled: list[Request] = []
         self._has_suspect = False
 
     def __len__(self) -> int:
         """How many requests have a part in it."""
-        return len(self._scheduled)
+        return len(self._decodes) + len(self._chunks)
 
     def can_take(self, context: int) -> bool:
         """Whether it affords a token of a request that has `context` tokens computed."""
@@ -50,35 +48,42 @@ class Step:
 
     def take_decodes(self, decodes: list[Request]) -> None:
         """Take the next token of each, which the workers have not been told yet, or which they draw
-        in the step before. Whether it can be afforded is not asked: who began has a right to his
-        next token.
+        in the step before; there is a block for it, or enough of them. Whether it can be afforded
+        is not asked: who began has a right to his next token.
         """
-        scheduled, filled, step_id = self._scheduled, self._filled, self.step_id
-        block_size, context, last_read = self._memory.block_size, 0, -1
-        for request in decodes:
-            token_ids, block_table = request.token_ids, request.block_table
-            position, num_sent = request.num_computed_tokens, request.num_sent_blocks
+        columns, step_id, last_read = self._decodes, self.step_id, -1
+        block_size = self._memory.block_size
+        last_of_block = block_size - 1
+        positions = [request.num_computed_tokens for request in decodes]
+        for row, request in enumerate(decodes, len(columns)):
+            position, token_ids = request.num_computed_tokens, request.token_ids
             if position < len(token_ids):
-                tokens = (token_ids[position],)
+                columns.token_ids.append(token_ids[position])
             else:
-                tokens, last_read = _LAST_DRAWN, max(last_read, request.drawing_step_id)
-            new_blocks: Sequence[int] = ()
-            if num_sent < len(block_table):
-                new_blocks = block_table[num_sent:]
-                request.num_sent_blocks = len(block_table)
-            scheduled.append(
-                ScheduledRequest(request.request_index, position, 1, tokens, new_blocks, True)
-            )
+                columns.token_ids.append(LAST_DRAWN)
+                last_read = max(last_read, request.drawing_step_id)
+            place = position % block_size
+            if not place:
+                self._begin_block(row, request)
+            if place == last_of_block:
+                self._filled.append(request)
             request.num_computed_tokens = position + 1
             request.last_step_id = request.drawing_step_id = step_id
             request.num_tokens_in_flight += 1
-            context += position
-            if not (position + 1) % block_size:
-                filled.append(request)
+        columns.request_indexes.extend([request.request_index for request in decodes])
+        columns.num_computed_tokens.extend(positions)
+        self.drawers += decodes
         self.reads = max(self.reads, last_read)
-        self.num_samples += len(decodes)
         self.load.num_decodes += len(decodes)
-        self.load.decode_context += context
+        self.load.decode_context += sum(positions)
+
+    def _begin_block(self, row: int, decode: Request) -> None:
+        """Its next token is the first of a block, which it may have already."""
+        if self._memory.lacks_block(decode):
+            self._memory.grow(decode)
+        new_blocks = decode.block_table[decode.num_sent_blocks :]
+        self._decodes.new_blocks.extend((row, block_id) for block_id in new_blocks)
+        decode.num_sent_blocks = len(decode.block_table)
 
     def schedule(self, request: Request) -> bool:
         """Take as much of a prompt, or of what is computed again, as the step can afford; False if
@@ -92,15 +97,9 @@ class Step:
         self._has_suspect |= request.num_strikes > 0
         end = context + num_tokens
         self.load.add(num_tokens, context)
-        self._scheduled.append(
-            ScheduledRequest(
-                request.request_index,
-                context,
-                num_tokens,
-                [],
-                request.block_table[request.num_sent_blocks :],
-                end == num_known,
-            )
+        new_blocks = request.block_table[request.num_sent_blocks :]
+        self._chunks.append(
+            Chunk(request.request_index, context, num_tokens, new_blocks, end == num_known)
         )
         request.num_sent_blocks = len(request.block_table)
         request.num_computed_tokens = end
@@ -108,7 +107,7 @@ class Step:
         if end == num_known:
             request.num_tokens_in_flight += 1
             request.drawing_step_id = self.step_id
-            self.num_samples += 1
+            self.drawers.append(request)
         if self._memory.has_full_block(request):
             self._filled.append(request)
         return True
@@ -117,4 +116,4 @@ class Step:
         """The plan. From here on, later plans may share the blocks that it fills."""
         for request in self._filled:
             self._memory.register(request)
-        return StepPlan(self.step_id, released, self._new_requests, self._scheduled)
+        return StepPlan(self.step_id, released, self._new_requests, self._decodes, self._chunks)

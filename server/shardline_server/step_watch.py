@@ -40,7 +40,7 @@ class StepWatch:
     def requests_of(self, step_id: int | None) -> list[int]:
         """The indexes of the requests in a step that is in flight."""
         plan = None if step_id is None else self._plans.get(step_id)
-        return [] if plan is None else [part.request_index for part in plan.scheduled]
+        return [] if plan is None else plan.request_indexes
 
     def overdue(self, expected_s: float, now: float) -> int | None:
         """The oldest step in flight, if its result has been awaited far too long.

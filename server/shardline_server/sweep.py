@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from shardline_scheduler import Request, Sample, Scheduler, SchedulerConfig, StepLoad
 from shardline_scheduler.cost_model import MIN_SAMPLES
-from shardline_scheduler.plan import SamplingParams, StageTiming, StepPlan, StepResult
+from shardline_scheduler.plan import SamplingParams, StageTiming, StepResult
 from shardline_server.worker_group import WorkerGroup
 from shardline_shards.messages import StageReport
 
@@ -187,7 +187,7 @@ class Sweep:
     def _step(self) -> None:
         plan = self._scheduler.plan(time.monotonic())
         assert plan is not None
-        self._loads[plan.step_id] = load_of(plan)
+        self._loads[plan.step_id] = StepLoad.of(plan)
         started = time.monotonic()
         self._workers.submit(plan)
         result = self._await_result()
@@ -248,14 +248,6 @@ class Sweep:
             if step_id not in firsts
         ]
         return measured
-
-
-def load_of(plan: StepPlan) -> StepLoad:
-    """What a plan holds."""
-    load = StepLoad()
-    for part in plan.scheduled:
-        load.add(part.num_scheduled_tokens, part.num_computed_tokens)
-    return load
 
 
 def _first_steps(loads: dict[int, StepLoad]) -> set[int]:

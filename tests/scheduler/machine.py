@@ -19,8 +19,10 @@ from shardline_scheduler import (
     StepLoad,
 )
 from shardline_scheduler.cost_model import MIN_SAMPLES, RangeModel, scaled_features
-from shardline_scheduler.plan import LAST_DRAWN, SampledToken, SamplingParams, StepPlan, StepResult
+from shardline_scheduler.plan import LAST_DRAWN, SamplingParams, StepPlan, StepResult
 from shardline_scheduler.regression import NonNegativeFit
+
+from .parts import parts_of
 
 # seconds: fixed, a prefill token, a decode, a token of decode context, of prefill context
 Prices = tuple[float, float, float, float, float]
@@ -162,7 +164,7 @@ class Machine:
         return min(times)
 
     def _submit(self, plan: StepPlan) -> None:
-        load, end = StepLoad(), self.now
+        load, end = StepLoad.of(plan), self.now
         for index in plan.released:
             del self._awaiting[index]
             self._ends.pop(index, None)
@@ -170,8 +172,7 @@ class Machine:
             self._by_index[new.request_index] = new.sampling.seed
             self.beginners.append(new.sampling.seed)
         self._assert_in_order(plan)
-        for part in plan.scheduled:
-            load.add(part.num_scheduled_tokens, part.num_computed_tokens)
+        for part in parts_of(plan):
             if LAST_DRAWN in part.token_ids:
                 end = max(end, self._drawn_at[part.request_index])
         for i, prices in enumerate(self.stages):
@@ -180,7 +181,7 @@ class Machine:
             self._free_at[i] = end
             if self._learns:
                 self.scheduler.observe(plan.step_id, i, seconds)
-        self._drawn_at |= {part.request_index: end for part in plan.scheduled}
+        self._drawn_at |= dict.fromkeys(plan.request_indexes, end)
         self._in_flight.append(Running(plan, end))
 
     def _assert_in_order(self, plan: StepPlan) -> None:
@@ -189,8 +190,8 @@ class Machine:
         """
         most = 1 if self.scheduler.config.plans_ahead else 0
         self._known |= {new.request_index: len(new.token_ids) for new in plan.new_requests}
-        for part in plan.scheduled:
-            index, end = part.request_index, part.num_computed_tokens + part.num_scheduled_tokens
+        for part in parts_of(plan):
+            index, end = part.request_index, part.end
             assert self._awaiting[index] <= most, "its token is not back"
             start = self._ends.get(index, part.num_computed_tokens)
             assert start == part.num_computed_tokens, "a chunk is left out or comes twice"
@@ -201,13 +202,10 @@ class Machine:
                 self._awaiting[index] += 1
 
     def _commit(self, plan: StepPlan) -> None:
-        self._awaiting -= Counter(p.request_index for p in plan.scheduled if p.samples)
-        tokens = [
-            SampledToken(part.request_index, self._draw(part.request_index), None)
-            for part in plan.scheduled
-            if part.samples
-        ]
-        for output in self.scheduler.commit(StepResult(plan.step_id, tokens, []), self.now):
+        indexes = plan.drawing_indexes
+        self._awaiting -= Counter(indexes)
+        result = StepResult(plan.step_id, [self._draw(index) for index in indexes])
+        for output in self.scheduler.commit(result, self.now):
             self._take(output)
 
     def _draw(self, index: int) -> int:

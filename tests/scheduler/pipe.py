@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from shardline_scheduler import FinishReason, Request, RequestOutput, Scheduler, SchedulerConfig
 from shardline_scheduler.plan import SamplingParams, StepPlan, TokenLogprobs
 
+from .parts import parts_of
 from .reference_worker import ReferenceWorker, prompt_logprob, solo
 
 
@@ -75,8 +76,9 @@ class Pipe:
         return plan
 
     def commit(self) -> list[RequestOutput]:
-        result = self.worker.execute(self.in_flight.popleft())
-        self.awaiting -= Counter(token.request_index for token in result.tokens)
+        plan = self.in_flight.popleft()
+        result = self.worker.execute(plan)
+        self.awaiting -= Counter(plan.drawing_indexes)
         outputs = self.scheduler.commit(result, self.now)
         assert len({output.request_id for output in outputs}) == len(outputs)
         for output in outputs:
@@ -114,12 +116,10 @@ class Pipe:
             stream.assert_complete()
 
     def _assert_limits(self, plan: StepPlan, num_preempted: int) -> None:
-        parts = plan.scheduled
-        indexes = [part.request_index for part in parts]
+        parts, indexes = parts_of(plan), plan.request_indexes
         assert len(self.in_flight) <= self.config.in_flight_limit
         assert parts and len(set(indexes)) == len(parts)
-        num_tokens = sum(part.num_scheduled_tokens for part in parts)
-        assert num_tokens <= self.config.max_num_batched_tokens
+        assert plan.num_tokens <= self.config.max_num_batched_tokens
         most = 1 if self.config.plans_ahead else 0
         assert all(self.awaiting[index] <= most for index in indexes), "its token is not back"
         for index in plan.released:
@@ -131,4 +131,4 @@ class Pipe:
         for part in parts:
             self.running[part.request_index] = part.samples
         assert len(self.running) <= self.config.max_num_seqs
-        self.awaiting += Counter(part.request_index for part in parts if part.samples)
+        self.awaiting += Counter(plan.drawing_indexes)

@@ -13,13 +13,13 @@ from shardline_scheduler.plan import (
     LAST_DRAWN,
     NewRequest,
     PromptLogprobs,
-    SampledToken,
     SamplingParams,
-    ScheduledRequest,
     StepPlan,
     StepResult,
     TokenLogprobs,
 )
+
+from .parts import Part, parts_of
 
 VOCAB_SIZE = 5
 
@@ -79,19 +79,19 @@ class ReferenceWorker:
             assert new.request_index == self.next_index, "indexes are given in order, never twice"
             self.next_index += 1
             self.known[new.request_index] = Known(new, list(new.token_ids))
-        for part in plan.scheduled:
+        parts = parts_of(plan)
+        for part in parts:
             self._learn(part)
         # Whatever a step reads besides its own tokens was written by an earlier step.
-        for part in plan.scheduled:
+        for part in parts:
             self._assert_written(part.request_index, part.num_computed_tokens)
-        for part in plan.scheduled:
+        for part in parts:
             self._write(part)
-        for part in plan.scheduled:
-            end = part.num_computed_tokens + part.num_scheduled_tokens
-            self._assert_written(part.request_index, end)
-        return self._result(plan)
+        for part in parts:
+            self._assert_written(part.request_index, part.end)
+        return self._result(plan.step_id, parts)
 
-    def _learn(self, part: ScheduledRequest) -> None:
+    def _learn(self, part: Part) -> None:
         known = self.known[part.request_index]
         assert part.num_scheduled_tokens >= 1
         if known.num_computed is None:  # A prefix hit covers whole blocks and not the last token.
@@ -111,10 +111,10 @@ class ReferenceWorker:
             known.slots += range(first, first + self.block_size)
         assert known.num_computed <= min(len(known.token_ids), len(known.slots))
 
-    def _write(self, part: ScheduledRequest) -> None:
+    def _write(self, part: Part) -> None:
         known = self.known[part.request_index]
         start = part.num_computed_tokens
-        for position in range(start, start + part.num_scheduled_tokens):
+        for position in range(start, part.end):
             self.memory[known.slots[position]] = tuple(known.token_ids[: position + 1])
 
     def _assert_written(self, index: int, num_tokens: int) -> None:
@@ -122,9 +122,9 @@ class ReferenceWorker:
         for position in range(num_tokens):
             assert self.memory[known.slots[position]] == tuple(known.token_ids[: position + 1])
 
-    def _result(self, plan: StepPlan) -> StepResult:
+    def _result(self, step_id: int, parts: list[Part]) -> StepResult:
         tokens, prompt_logprobs = [], []
-        for part in plan.scheduled:
+        for part in parts:
             known = self.known[part.request_index]
             sampling, num_prompt = known.request.sampling, known.request.num_prompt_tokens
             if sampling.num_prompt_logprobs is not None:
@@ -136,5 +136,5 @@ class ReferenceWorker:
                     prompt_logprobs.append(piece)
             if part.samples:
                 token = known.last_drawn = draw(known.token_ids, num_prompt, sampling)
-                tokens.append(SampledToken(part.request_index, token, None))
-        return StepResult(plan.step_id, tokens, prompt_logprobs)
+                tokens.append(token)
+        return StepResult(step_id, tokens, {}, prompt_logprobs)

@@ -6,6 +6,7 @@ from shardline_scheduler import FinishReason, LatencyBudget, Scheduler, Schedule
 from shardline_scheduler.plan import LAST_DRAWN, StepPlan
 
 from .machine import Visit, machine
+from .parts import parts_of
 from .pipe import Pipe
 from .reference_worker import solo
 
@@ -27,7 +28,7 @@ def parts(plan: StepPlan | None) -> list[tuple[int, int, list[int]]]:
     assert plan is not None
     return [
         (part.request_index, part.num_computed_tokens, list(part.token_ids))
-        for part in plan.scheduled
+        for part in parts_of(plan)
     ]
 
 
@@ -69,7 +70,7 @@ def test_every_step_holds_all_decodes():
         p.add(name, [1], max_tokens=9)
     p.plan()
     for _ in range(3):
-        assert len(p.plan().scheduled) == 5
+        assert len(p.plan().decodes) == 5
         p.commit()
     p.drain()
 
@@ -159,7 +160,7 @@ def test_several_stages_have_one_step_more_than_there_are_stages():
     assert parts(p.plan()) == [(0, 0, []), (1, 0, [])]
     assert p.plan() is None, "a token of the step before would be waited for in the first stage"
     p.commit()
-    assert [len(p.plan().scheduled) for _ in range(2)] == [1, 1], "micro-batches are even"
+    assert [len(p.plan().decodes) for _ in range(2)] == [1, 1], "micro-batches are even"
     assert parts(p.plan()) == [(0, 4, [LAST_DRAWN])]
     assert p.plan() is None, "three steps are in flight"
     p.commit()

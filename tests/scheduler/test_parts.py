@@ -136,7 +136,7 @@ def test_decodes_that_are_put_back_keep_their_turn():
         made.start(made.sequence, 0)
         running.add(made)
         running.end_prefill(made)
-        running.take_token(made)
+    running.take_tokens(requests)
     first_three = running.pop_decodes(3, guest=True)
     assert first_three == requests[:3]
     running.put_back(first_three, guest=True)

@@ -12,8 +12,9 @@ from shardline_scheduler import (
     SchedulerConfig,
     StepLoad,
 )
-from shardline_scheduler.plan import SampledToken, SamplingParams, StepPlan, StepResult
+from shardline_scheduler.plan import SamplingParams, StepPlan, StepResult
 
+from .parts import parts_of
 from .pipe import Pipe
 
 
@@ -33,7 +34,7 @@ def chunks(plan: StepPlan | None) -> list[tuple[int, int, int]]:
     assert plan is not None
     return [
         (part.request_index, part.num_computed_tokens, part.num_scheduled_tokens)
-        for part in plan.scheduled
+        for part in parts_of(plan)
     ]
 
 
@@ -49,7 +50,7 @@ def test_chunks_of_a_prompt_follow_each_other_before_any_result():
     p = pipe(num_stages=3, max_num_batched_tokens=8)
     p.add("a", [1] * 20)
     assert [chunks(p.plan()) for _ in range(3)] == [[(0, 0, 8)], [(0, 8, 8)], [(0, 16, 4)]]
-    assert [part.samples for plan in p.in_flight for part in plan.scheduled] == [0, 0, 1]
+    assert [chunk.samples for plan in p.in_flight for chunk in plan.chunks] == [0, 0, 1]
     p.drain()
 
 
@@ -61,7 +62,7 @@ def test_a_decode_waits_for_its_token():
     (output,) = p.commit()
     plan = p.plan()
     assert chunks(plan) == [(0, 4, 1)]
-    assert plan.scheduled[0].token_ids == output.token_ids
+    assert plan.decodes.token_ids == [*output.token_ids]
 
 
 def test_a_step_takes_its_share_of_the_decodes():
@@ -241,7 +242,7 @@ def finish(tokens: list[int], **sampling: object) -> list[FinishReason | None]:
     for token in tokens:
         plan = scheduler.plan(0.0)
         assert plan is not None
-        result = StepResult(plan.step_id, [SampledToken(0, token, None)], [])
+        result = StepResult(plan.step_id, [token])
         reasons += [output.finish_reason for output in scheduler.commit(result, 0.0)]
     assert scheduler.has_work == (reasons[-1] is None)
     return reasons
@@ -265,7 +266,7 @@ def test_a_known_prefix_is_not_computed_again():
     p.add("other", [2, 2, 3, 4] * 2, max_tokens=1)
     plan = p.plan()
     assert chunks(plan) == [(1, 8, 1), (2, 4, 4), (3, 0, 8)]
-    assert plan.scheduled[0].block_ids[0] == plan.scheduled[1].block_ids[0]
+    assert plan.chunks[0].block_ids[0] == plan.chunks[1].block_ids[0]
     assert [output.num_cached_tokens for output in p.commit()] == [8, 4, 0]
     stats = p.scheduler.stats()
     assert (stats.num_prefix_queries, stats.num_prefix_hits) == (34, 12)
@@ -342,7 +343,7 @@ def test_who_is_suspected_of_a_death_shares_a_step_with_no_other_suspect():
         p.add(name, [1], max_tokens=9)
     step(p)
     plan = p.plan()
-    suspects = [part.request_index for part in plan.scheduled[:2]]
+    suspects = plan.request_indexes[:2]
     assert p.scheduler.strike(suspects * 2) == [], "two workers that die at once are one death"
     p.lose_everything()
     assert chunks(p.plan()) == [(3, 0, 2)]
@@ -369,9 +370,9 @@ def test_results_come_in_order_and_whole():
     p.plan()
     p.plan()
     with pytest.raises(AssertionError):
-        p.scheduler.commit(StepResult(1, [], []), 0.0)
+        p.scheduler.commit(StepResult(1, []), 0.0)
     with pytest.raises(AssertionError):
-        p.scheduler.commit(StepResult(1, [], []), 0.0)
+        p.scheduler.commit(StepResult(1, []), 0.0)
 
 
 def test_the_order_is_the_policys():

@@ -17,10 +17,10 @@ from tests.server.peer import STATS
 from tests.strangers import dealer, knock
 
 from shardline_scheduler.plan import (
+    Chunk,
+    Decodes,
     NewRequest,
-    SampledToken,
     SamplingParams,
-    ScheduledRequest,
     StageTiming,
     StepPlan,
     StepResult,
@@ -67,9 +67,13 @@ FUZZ = settings(
 )
 SAMPLING = SamplingParams(max_tokens=3, seed=1, logit_bias={5: -1.0}, stop_token_ids=(2,))
 PLAN = StepPlan(
-    7, [1], [NewRequest(2, [5, 6], 2, SAMPLING)], [ScheduledRequest(2, 0, 2, [], [0], True)]
+    7,
+    [1],
+    [NewRequest(2, [5, 6], 2, SAMPLING)],
+    Decodes([0], [9], [4], [(0, 3)]),
+    [Chunk(2, 0, 2, [0], True)],
 )
-RESULT = StepResult(7, [SampledToken(2, 5, TokenLogprobs(5, -0.5, [(5, -0.5)]))], [])
+RESULT = StepResult(7, [4, 5], {2: TokenLogprobs(5, -0.5, [(5, -0.5)])})
 TIMING = StageTiming(0, 7, 1.0, 0.1, 0.1, 0.1, 0.1, 0.1)
 DELTA = Delta("a", 0, [5], [], [], FinishReason.STOP, None, None, 0)
 # Nothing, how a CURVE peer begins, and that with the head of its next command.

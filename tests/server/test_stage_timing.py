@@ -10,9 +10,9 @@ from tests.engine_process import TIMEOUT_MS, engine_config
 from tests.tiny import save_tiny
 
 from shardline_scheduler.plan import (
+    Chunk,
     NewRequest,
     SamplingParams,
-    ScheduledRequest,
     StageTiming,
     StepPlan,
 )
@@ -44,13 +44,8 @@ def chunk_plans(chunk: int, count: int) -> list[StepPlan]:
     return [
         StepPlan(
             step,
-            [],
-            [] if step else [new],
-            [
-                ScheduledRequest(
-                    0, step * chunk, chunk, [], [] if step else block_ids, step == count - 1
-                )
-            ],
+            new_requests=[] if step else [new],
+            chunks=[Chunk(0, step * chunk, chunk, [] if step else block_ids, step == count - 1)],
         )
         for step in range(count)
     ]

@@ -9,7 +9,7 @@ import pytest
 from tests.engine_process import engine_config
 from tests.tiny import save_tiny
 
-from shardline_scheduler.plan import NewRequest, SamplingParams, ScheduledRequest, StepPlan
+from shardline_scheduler.plan import Chunk, NewRequest, SamplingParams, StepPlan
 from shardline_server.step_watch import (
     HANG_FACTOR,
     HANG_FLOOR_S,
@@ -73,7 +73,7 @@ def test_who_computes_holds_up_who_waits() -> None:
 def test_a_result_is_overdue_by_what_its_steps_should_take() -> None:
     watch = StepWatch()
     assert watch.overdue(0.0, now=1e6) is None
-    watch.submit(StepPlan(4, [], [], []), now=100.0)
+    watch.submit(StepPlan(4), now=100.0)
     limit = HANG_FLOOR_S + HANG_FACTOR * 2.0
     assert watch.overdue(2.0, now=100.0 + limit) is None
     assert watch.overdue(2.0, now=100.1 + limit) == 4
@@ -147,5 +147,5 @@ def plan_of(step_id: int, token_id: int, num_tokens: int = 1) -> StepPlan:
     """A prompt that the next plan forgets."""
     sampling = SamplingParams(max_tokens=1, seed=0)
     new = NewRequest(step_id, [token_id] * num_tokens, num_tokens, sampling)
-    part = ScheduledRequest(step_id, 0, num_tokens, [], [step_id], True)
-    return StepPlan(step_id, [step_id - 1] if step_id else [], [new], [part])
+    chunk = Chunk(step_id, 0, num_tokens, [step_id], True)
+    return StepPlan(step_id, [step_id - 1] if step_id else [], [new], chunks=[chunk])

@@ -8,8 +8,8 @@ import pytest
 from tests.scheduler.machine import Prices
 
 from shardline_scheduler import Scheduler, SchedulerConfig, StageModel, StepLoad
-from shardline_scheduler.plan import SampledToken, StageTiming, StepPlan, StepResult
-from shardline_server.sweep import SHAPES, Sweep, load_of
+from shardline_scheduler.plan import StageTiming, StepPlan, StepResult
+from shardline_server.sweep import SHAPES, Sweep
 
 # Decodes read weights and are cheap together; prompts compute. What is before a chunk has a price.
 MEMORY_BOUND: Prices = (5e-3, 0.1e-3, 0.3e-3, 0.8e-6, 0.0)
@@ -34,12 +34,12 @@ class Machine:
         self._results: list[StepResult] = []
 
     def submit(self, plan: StepPlan) -> None:
-        load = load_of(plan)
+        load = StepLoad.of(plan)
         self.loads.append(load)
         seconds = true_seconds(load) * self._random.uniform(1 - self._noise, 1 + self._noise)
         timing = StageTiming(0, plan.step_id, 0.0, 0.0, 0.0, 0.0, seconds, 0.0)
-        drawn = [SampledToken(p.request_index, 5, None) for p in plan.scheduled if p.samples]
-        self._results.append(StepResult(plan.step_id, drawn, [], timing))
+        drawn = [5] * len(plan.drawing_indexes)
+        self._results.append(StepResult(plan.step_id, drawn, timing=timing))
 
     def poll(self, timeout_ms: int) -> bool:
         return bool(self._results)

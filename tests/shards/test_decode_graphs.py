@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardline_scheduler.plan import NewRequest, SamplingParams, ScheduledRequest, StepPlan
+from shardline_scheduler.plan import Chunk, Decodes, NewRequest, SamplingParams, StepPlan
 from shardline_shards.attention import allocate_kv, select_backend
 from shardline_shards.batch import BatchBuilder, RequestTable, StepBatch
 from shardline_shards.checkpoint import load_weights
@@ -86,15 +86,14 @@ def plans(num_requests: int, num_decodes: int) -> list[StepPlan]:
         NewRequest(i, [(i + j) % VOCAB_SIZE for j in range(length)], length, sampling)
         for i, length in enumerate(lengths)
     ]
-    first = [ScheduledRequest(i, 0, n, [], blocks[i], True) for i, n in enumerate(lengths)]
-    steps = [StepPlan(0, [], new, first)]
+    first = [Chunk(i, 0, n, blocks[i], True) for i, n in enumerate(lengths)]
+    steps = [StepPlan(0, new_requests=new, chunks=first)]
     for step in range(num_decodes):
         count = num_requests - step % num_requests
-        decodes = []
-        for i in range(count):
-            decodes.append(ScheduledRequest(i, lengths[i], 1, [11 + step + i], [], True))
-            lengths[i] += 1
-        steps.append(StepPlan(step + 1, [], [], decodes))
+        tokens = [11 + step + i for i in range(count)]
+        decodes = Decodes(list(range(count)), lengths[:count], tokens)
+        steps.append(StepPlan(step + 1, decodes=decodes))
+        lengths[:count] = [length + 1 for length in lengths[:count]]
     return steps
 
 
@@ -139,8 +138,8 @@ def test_a_step_with_a_part_of_a_prompt_is_not_replayed(tmp_path: Path) -> None:
     sampling = SamplingParams(max_tokens=9, seed=0, temperature=0.0)
     new = [NewRequest(0, [5, 6, 7], 3, sampling), NewRequest(1, [8], 1, sampling)]
     # One token of a prompt, without a token drawn, beside a request that draws.
-    parts = [ScheduledRequest(0, 0, 1, [], [0], False), ScheduledRequest(1, 0, 1, [], [1], True)]
-    output = graphs.run(one.step(StepPlan(0, [], new, parts)), None)
+    chunks = [Chunk(0, 0, 1, [0], False), Chunk(1, 0, 1, [1], True)]
+    output = graphs.run(one.step(StepPlan(0, new_requests=new, chunks=chunks)), None)
     assert output.shape == (1, VOCAB_SIZE)
     assert recorder.num_replays == 0
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed import Store
 from transformers import AutoModelForCausalLM
 
-from shardline_scheduler.plan import NewRequest, SamplingParams, ScheduledRequest, StepPlan
+from shardline_scheduler.plan import Chunk, Decodes, NewRequest, SamplingParams, StepPlan
 from shardline_shards.attention import KVShape, allocate_kv, select_backend
 from shardline_shards.batch import BatchBuilder, RequestTable
 from shardline_shards.checkpoint import LoadReport, load_weights
@@ -63,7 +63,7 @@ def make_plans(sequences: list[list[int]]) -> list[StepPlan]:
         sequence += [(start, start + 1) for start in range(length, NUM_TOKENS)]
     plans = []
     for step_id in range(max(map(len, ranges))):
-        new, scheduled = [], []
+        new, chunks, decodes = [], [], Decodes()
         for index, (steps, tokens) in enumerate(zip(ranges, sequences, strict=True)):
             part = steps[step_id] if step_id < len(steps) else None
             if part is None:
@@ -74,11 +74,14 @@ def make_plans(sequences: list[list[int]]) -> list[StepPlan]:
                 new.append(NewRequest(index, tokens[:length], length, sampling))
             blocks = range(-(-start // BLOCK_SIZE), -(-stop // BLOCK_SIZE))
             block_ids = [2 * block + 1 - index for block in blocks]
-            fresh = tokens[start:stop] if start >= length else []
-            scheduled.append(
-                ScheduledRequest(index, start, stop - start, fresh, block_ids, stop >= length)
-            )
-        plans.append(StepPlan(step_id, [], new, scheduled))
+            if start < length:
+                chunks.append(Chunk(index, start, stop - start, block_ids, stop >= length))
+                continue
+            decodes.new_blocks.extend((len(decodes), block_id) for block_id in block_ids)
+            decodes.request_indexes.append(index)
+            decodes.num_computed_tokens.append(start)
+            decodes.token_ids.append(tokens[start])
+        plans.append(StepPlan(step_id, [], new, decodes, chunks))
     return plans
 
 
@@ -119,8 +122,9 @@ def run_rank(
         if communicators.next is not None:
             communicators.next.send(output)
         elif place.tp_rank == 0:
-            for row, values in zip(batch.rows, output, strict=True):
-                logits[row.request_index, row.position] = values.tolist()
+            positions = batch.positions[batch.logit_indexes].tolist()
+            for index, position, row in zip(batch.drawing, positions, output, strict=True):
+                logits[index, position] = row.tolist()
     communicators.close()
     return logits, report
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shardline_scheduler.plan import NewRequest, SamplingParams, ScheduledRequest, StepPlan
+from shardline_scheduler.plan import Chunk, NewRequest, SamplingParams, StepPlan
 from shardline_shards import mesh_communicators
 from shardline_shards.attention import KVShape, allocate_kv, select_backend
 from shardline_shards.batch import BatchBuilder, RequestTable
@@ -54,14 +54,14 @@ def run(stage: Stage, lengths: list[int]) -> Tensor:
         allocate_kv(range(3), 64, shape, CPU), BLOCK_SIZE, select_backend(CPU, stage.dtype), CPU
     )
     sampling = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
-    new, scheduled, next_block = [], [], 0
+    new, chunks, next_block = [], [], 0
     for index, length in enumerate(lengths):
         tokens = [(index + i) % VOCAB_SIZE for i in range(length)]
         blocks = list(range(next_block, next_block + -(-length // BLOCK_SIZE)))
         next_block += len(blocks)
         new.append(NewRequest(index, tokens, length, sampling))
-        scheduled.append(ScheduledRequest(index, 0, length, [], blocks, True))
-    requests, plan = RequestTable(), StepPlan(0, [], new, scheduled)
+        chunks.append(Chunk(index, 0, length, blocks, True))
+    requests, plan = RequestTable(), StepPlan(0, new_requests=new, chunks=chunks)
     requests.apply(plan)
     return stage.run(batches.build(plan, requests), None)
 

@@ -3,7 +3,7 @@
 import psutil
 import torch
 
-from shardline_scheduler.plan import NewRequest, SamplingParams, ScheduledRequest, StepPlan
+from shardline_scheduler.plan import Chunk, Decodes, NewRequest, SamplingParams, StepPlan
 from shardline_shards.attention import KVShape, PagesAhead, allocate_kv
 from shardline_shards.batch import RequestTable
 
@@ -39,8 +39,10 @@ def test_a_worker_knows_how_far_blocks_are_used() -> None:
     sampling = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
     requests = RequestTable()
     new = [NewRequest(0, [1, 2], 2, sampling)]
-    requests.apply(StepPlan(0, [], new, [ScheduledRequest(0, 0, 1, [], [7, 5], False)]))
+    requests.apply(StepPlan(0, new_requests=new, chunks=[Chunk(0, 0, 2, [7, 5], True)]))
     assert requests.num_blocks_used == 8
-    requests.apply(StepPlan(1, [], [], [ScheduledRequest(0, 1, 1, [], [], True)]))
-    requests.apply(StepPlan(2, [0], [], []))
+    requests.apply(StepPlan(1, decodes=Decodes([0], [2], [9], [(0, 4)])))
     assert requests.num_blocks_used == 8
+    requests.apply(StepPlan(2, decodes=Decodes([0], [3], [9], [(0, 9)])))
+    requests.apply(StepPlan(3, [0]))
+    assert requests.num_blocks_used == 10

@@ -1,17 +1,16 @@
 """What the sampler knows about one row of logits."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shardline_scheduler.plan import SamplingParams
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SampleRow:
     """A request that draws a token: its parameters and its tokens so far, the prompt first."""
 
     sampling: SamplingParams
-    token_ids: Sequence[int]
+    token_ids: list[int]
     num_prompt_tokens: int
 
     @property

@@ -21,18 +21,18 @@ _BLOCK = 256
 _Way = Callable[[Tensor, Sequence[SampleRow]], Tensor]
 
 
-def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[tuple[int, TokenLogprobs | None]]:
-    """A token for each row of `logits` [rows, vocab], any float dtype; logprobs where asked for.
+def sample(logits: Tensor, rows: Sequence[SampleRow]) -> tuple[list[int], dict[int, TokenLogprobs]]:
+    """A token for each row of `logits` [rows, vocab], any float dtype; and logprobs by row, where
+    they were asked for.
 
     In this order: logit_bias, min_tokens, repetition_penalty, presence and frequency penalty,
     temperature, min_p, top_k, top_p, draw. Logprobs are those of the logits as they came in. A
     token depends on its own row alone, and its randomness on (seed, index of the output token).
     """
     if not rows:
-        return []
+        return [], {}
     token_ids = _choose(adjust_logits(logits, rows), rows)
-    logprobs = _logprobs(logits, token_ids, rows)
-    return [(token, logprobs.get(i)) for i, token in enumerate(token_ids.tolist())]
+    return token_ids.tolist(), _logprobs(logits, token_ids, rows)
 
 
 def _choose(scores: Tensor, rows: Sequence[SampleRow]) -> Tensor:

@@ -18,7 +18,7 @@ from shardline_scheduler import (
     SchedulerError,
     StepLoad,
 )
-from shardline_scheduler.plan import LAST_DRAWN, SampledToken, SamplingParams, StepPlan, StepResult
+from shardline_scheduler.plan import LAST_DRAWN, SamplingParams, StepPlan, StepResult
 from shardline_server.simulate.virtual_pipe import Noise, VirtualPipe
 
 _STOP, _WORD = 1, 0
@@ -147,7 +147,7 @@ class Replica:
         while (plan := self.scheduler.plan(now)) is not None:
             load, drawn_at = self._load_of(plan), self._drawn_by(plan)
             ended_at = self.pipe.submit(plan.step_id, load, now, drawn_at)
-            self._drawn_at |= {part.request_index: ended_at for part in plan.scheduled}
+            self._drawn_at |= dict.fromkeys(plan.request_indexes, ended_at)
             self._in_flight.append(_InFlight(plan, ended_at, self.pipe.heard_at(ended_at)))
         self.pipe.accounting.settled(self.scheduler.has_work, now)
 
@@ -156,25 +156,20 @@ class Replica:
             del self._by_index[index], self._drawn_at[index]
         for new in plan.new_requests:
             self._by_index[new.request_index] = new.sampling.seed
-        load = StepLoad()
-        for part in plan.scheduled:
-            load.add(part.num_scheduled_tokens, part.num_computed_tokens)
+        load = StepLoad.of(plan)
         self.num_computed_tokens += load.num_tokens
         return load
 
     def _drawn_by(self, plan: StepPlan) -> float:
         """When the last of the tokens is drawn that it reads, and the scheduler does not know."""
-        open_ = [p.request_index for p in plan.scheduled if LAST_DRAWN in p.token_ids]
-        return max((self._drawn_at[index] for index in open_), default=0.0)
+        decodes = zip(plan.decodes.request_indexes, plan.decodes.token_ids, strict=True)
+        drawn_at = [self._drawn_at[index] for index, token in decodes if token == LAST_DRAWN]
+        return max(drawn_at, default=0.0)
 
     def _commit(self, done: _InFlight, now: float) -> None:
         self.pipe.accounting.heard(self.num_stages - 1, done.ended_at, now)
-        tokens = [
-            SampledToken(part.request_index, self._draw(part.request_index), None)
-            for part in done.plan.scheduled
-            if part.samples
-        ]
-        for output in self.scheduler.commit(StepResult(done.plan.step_id, tokens, []), now):
+        token_ids = [self._draw(index) for index in done.plan.drawing_indexes]
+        for output in self.scheduler.commit(StepResult(done.plan.step_id, token_ids), now):
             self._take(output, now)
 
     def _draw(self, request_index: int) -> int:
