@@ -255,6 +255,12 @@ class StageModel(Struct):
             return planned_s
         return max(planned_s, small.added_seconds(load) * (1 + large.margin_for(load)))
 
+    @property
+    def work_margin(self) -> float:
+        """What that has of margin, as a share."""
+        part = self.compute_bound if self.compute_bound.is_trusted else self.memory_bound
+        return part.with_prompts.margin
+
     def expected_prefill_seconds(self, num_tokens: int, context: int) -> float:
         """The same without margin, in the range that prefers it."""
         load = StepLoad()
@@ -376,6 +382,11 @@ class PipeModel(Struct):
     def work_seconds(self, load: StepLoad) -> float:
         """Planned time that all of a load adds to steps of the slowest stage."""
         return max([stage.work_seconds(load) for stage in self.stages])
+
+    @property
+    def work_margin(self) -> float:
+        """The least margin, over the stages, that planned work has; as a share."""
+        return min([stage.work_margin for stage in self.stages])
 
     def expected_prefill_seconds(self, num_tokens: int, context: int) -> float:
         """The least of what they are expected to add to a step of the slowest stage."""

@@ -14,6 +14,8 @@ from operator import mul, sub
 Place = tuple[tuple[float, ...], int]
 # Rounding in sums of work must not cost a step.
 _EPSILON = 1e-9
+# So many steps may all take what they are planned to take; of more, some take less.
+_FEW_STEPS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +30,15 @@ class Newcomer:
 @dataclass(frozen=True, slots=True)
 class Pace:
     """From `start` on, every `step_s` seconds a step does `work` seconds of prefill work; the
-    result of a step is there `depth` steps after it has begun.
+    result of a step is there `depth` steps after it has begun. Beyond `_FEW_STEPS`, steps take
+    `spared` less, as a share.
     """
 
     start: float
     step_s: float
     work: float
     depth: int
+    spared: float = 0.0
 
     @property
     def share(self) -> float:
@@ -44,7 +48,8 @@ class Pace:
     def end_of(self, work: float) -> float:
         """When the step has come back that does the last of so much work."""
         num_steps = -(-(work / self.work - _EPSILON) // 1)
-        return self.start + (num_steps + self.depth - 1) * self.step_s
+        spared = self.spared * max(0.0, num_steps - _FEW_STEPS)
+        return self.start + (num_steps - spared + self.depth - 1) * self.step_s
 
 
 class Demand:
@@ -110,12 +115,15 @@ class Demand:
         dues, works = self._with(newcomer)
         if not dues:
             return True
-        # Were work done without steps, everybody would be late by less than one step less.
-        lost = map(mul, accumulate(works), repeat(pace.step_s / pace.work))
-        smooth: float = min(map(sub, dues, lost))
+        # Were work done without steps, everybody would be late by less than one step less; and by
+        # what steps spare.
+        per_work = pace.step_s / pace.work
+        smooth: float = min(map(sub, dues, map(mul, accumulate(works), repeat(per_work))))
         smooth -= pace.start + (pace.depth - 1) * pace.step_s + by_s
-        if not 0 <= smooth + _EPSILON < pace.step_s + 2 * _EPSILON:
-            return smooth > 0
+        if smooth >= pace.step_s + _EPSILON:
+            return True
+        if smooth < -_EPSILON - pace.spared * sum(works) * per_work:
+            return False
         return _least_slack(pace, dues, works) >= by_s
 
     def least_slack(self, pace: Pace, newcomer: Newcomer | None = None) -> float:
@@ -152,10 +160,13 @@ class Demand:
 
 
 def _least_slack(pace: Pace, dues: list[float], works: list[float]) -> float:
-    step_s, per_work = pace.step_s, 1 / pace.work
+    step_s, per_work, spared = pace.step_s, 1 / pace.work, pace.spared
     slack = inf
     for due, done in zip(dues, accumulate(works), strict=True):
-        early = due + ((_EPSILON - done * per_work) // 1) * step_s
+        num_steps = -((_EPSILON - done * per_work) // 1)
+        if num_steps > _FEW_STEPS:
+            num_steps -= spared * (num_steps - _FEW_STEPS)
+        early = due - num_steps * step_s
         if early < slack:
             slack = early
     return slack - pace.start - (pace.depth - 1) * step_s

@@ -156,15 +156,21 @@ def run_until_told(seed: int, *, plans_ahead: bool = False) -> Told | None:
 entries = st.lists(st.tuples(st.floats(0, 20), st.floats(0.001, 3)), min_size=0, max_size=12)
 
 
-@given(entries=entries, due=st.floats(0, 20), work=st.floats(0.001, 3), depth=st.integers(1, 3))
+@given(
+    entries=entries,
+    due=st.floats(0, 20),
+    work=st.floats(0.001, 3),
+    depth=st.integers(1, 3),
+    spared=st.sampled_from([0.0, 0.1]),
+)
 @IN_MANY_WORLDS
 def test_the_demand_test_agrees_with_doing_the_work(
-    entries: list[tuple[float, float]], due: float, work: float, depth: int
+    entries: list[tuple[float, float]], due: float, work: float, depth: int, spared: float
 ) -> None:
     demand = Demand()
     for i, (entry_due, entry_work) in enumerate(entries):
         demand.put(i, ((0.0, entry_due), i), entry_due, entry_work)
-    pace = Pace(start=1.0, step_s=0.1, work=0.08, depth=depth)
+    pace = Pace(start=1.0, step_s=0.1, work=0.08, depth=depth, spared=spared)
     newcomer = Newcomer(((0.0, due), 99), due, work)
     ordered = sorted([*entries, (due, work)], key=lambda pair: pair[0])
     done, slack = 0.0, float("inf")
