@@ -31,7 +31,6 @@ SIZES = ["--prompt-tokens", "128:384", "--output-tokens", "32:96"]
 INTERACTIVE = "interactive:ttft=1500,tpot=100"
 PATIENCE = ["--timeout", "40"]  # the longest budget is over by then
 TARGET = 0.9
-SETTLING_S = 15.0  # A server of ours starts its spare worker meanwhile, which takes a core.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +121,7 @@ def run_policy(name: str, capacity: float | None, arguments: argparse.Namespace)
         with servers.running(
             policy.server, arguments.model_folder, arguments.peers, policy.serve
         ) as server:
-            time.sleep(SETTLING_S)
+            time.sleep(servers.SETTLING_S)
             is_found = capacity is None
             capacity = capacity or find_capacity(server, policy, arguments)
             if not capacity:

@@ -4,13 +4,15 @@
     python bench/peers.py demo --peers /path/to/peers --out peers --servers 'vllm 2 threads' --keep
 
 Starts each server in turn (see servers.py for how, and for what has to lie in the folder), loads it
-with `shardline bench`, and writes OUT/peers.json, OUT/peers.md and OUT/peers.png: absolute figures,
-and ours as multiples of each peer's. Run it alone on the machine. `--keep` adds to what OUT holds.
+with `shardline bench` from 15 s after it is ready, and writes OUT/peers.json, OUT/peers.md and
+OUT/peers.png: absolute figures, and ours as multiples of each peer's. Run it alone on the machine.
+`--keep` adds to what OUT holds.
 """
 
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -79,6 +81,7 @@ def run_server(name: str, cases: list[str], arguments: argparse.Namespace) -> Re
     print(f"{name} …", file=sys.stderr, flush=True)
     try:
         with servers.running(name, arguments.model_folder, arguments.peers) as server:
+            time.sleep(servers.SETTLING_S)
             figures = {case: measure(server, CASES[case].options) for case in cases}
         facts = asdict(server) | {"measured_at": datetime.now(UTC).isoformat(timespec="seconds")}
         used = _kv_used(server, figures, servers.token_bytes(arguments.model_folder))

@@ -38,6 +38,11 @@ class Missing(Exception):
     """A server that is not installed; the message says what was looked for."""
 
 
+# From when a server is ready until it is loaded: one of ours starts its spare worker meanwhile,
+# which takes a core for some seconds.
+SETTLING_S = 15.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Command:
     """How to start a server; `kv_bytes` is what it sets aside for keys and values.

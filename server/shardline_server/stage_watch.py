@@ -33,7 +33,8 @@ class StageWatch:
         better = find_better_cut(self._times, self._stage_layers, pipe)
         if better is not None and better != self._advised:
             logger.warning(
-                "stages take other times than they were cut for: %s; %s (--stage-layers %s)",
+                "stages take other times than they were cut for: %s; for what runs now, %s "
+                "(--stage-layers %s)",
                 describe_stages(pipe),
                 describe_moves(self._stage_layers, better),
                 ",".join(map(str, better)),
