@@ -84,12 +84,11 @@ class KvMemory:
         request.num_registered_blocks = num_full
 
     def register_late(self, requests: Iterable[Request]) -> None:
-        """A token has come to each; if a step that reads it is in flight, it may have filled a
-        block.
+        """The last token of a block has come to each; if a step that reads it is in flight, the
+        block is full.
         """
         for request in requests:
-            num_known = len(request.token_ids)
-            if not num_known % self.block_size and request.num_computed_tokens >= num_known:
+            if request.num_computed_tokens >= len(request.token_ids):
                 self.register(request)
 
     def free(self, request: Request) -> None:

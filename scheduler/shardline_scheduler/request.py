@@ -35,8 +35,9 @@ class Request:
 
     `token_ids` holds prompt and emitted tokens for the life of the request, so that a replay is
     nothing but computing them again. `num_computed_tokens` counts what has been planned, which is
-    ahead of what the workers have done. `request_index` is its current name among the workers, who
-    have been told the first `num_sent_blocks` blocks. `num_tokens_in_flight` tokens are being
+    ahead of what the workers have done, and ends at `num_computable_tokens` at the latest: nothing
+    follows the last token that it may emit. `request_index` is its current name among the workers,
+    who have been told the first `num_sent_blocks` blocks. `num_tokens_in_flight` tokens are being
     drawn, each in a step of its own, the last of them in `drawing_step_id`. `tenant` is whom its
     work is charged to. Times are the scheduler's, in seconds; -inf where there is none yet.
     """
@@ -52,6 +53,7 @@ class Request:
     first_token_time: float = field(init=False, default=NEVER)
     last_token_time: float = field(init=False, default=NEVER)
     num_prompt_tokens: int = field(init=False)
+    num_computable_tokens: int = field(init=False)
     arrival_time: float = field(init=False, default=0.0)
     sequence: int = field(init=False, default=-1)
     state: RequestState = field(init=False, default=RequestState.WAITING)
@@ -75,6 +77,7 @@ class Request:
         assert self.sampling.max_tokens >= 1, "max_tokens is at least 1"
         self.token_ids = list(self.token_ids)
         self.num_prompt_tokens = len(self.token_ids)
+        self.num_computable_tokens = self.num_prompt_tokens + self.sampling.max_tokens - 1
 
     @property
     def num_output_tokens(self) -> int:

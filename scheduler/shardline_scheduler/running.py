@@ -99,14 +99,17 @@ class RunningRequests:
     def take_tokens(self, requests: Iterable[Request]) -> None:
         """Their tokens are back, and they go on, without strikes; they are the youngest."""
         promised, guests = self._decodes
+        plans_ahead = self._plans_ahead
         for request in requests:
             had_strikes, request.num_strikes = request.num_strikes, 0
             # Ahead, it is in the queue already if nothing but this token was in flight.
-            if not self._plans_ahead or (
-                (request.num_tokens_in_flight or had_strikes) and may_plan_ahead(request)
+            if plans_ahead and not (
+                (request.num_tokens_in_flight or had_strikes)
+                and request.num_computed_tokens < request.num_computable_tokens
             ):
-                decodes = promised if request.terms.rank is _PROMISED else guests
-                decodes.append(request.request_index)
+                continue
+            decodes = promised if request.terms.rank is _PROMISED else guests
+            decodes.append(request.request_index)
 
     def follow(self, decodes: Iterable[Request]) -> None:
         """A step has taken these, and is complete but for prompts."""
@@ -167,9 +170,8 @@ def _pop_first(queue: deque[int], count: int) -> list[int]:
 def may_plan_ahead(request: Request) -> bool:
     """Whether the token after the one in flight may be planned."""
     num_ahead = request.num_tokens_in_flight
-    num_tokens = len(request.token_ids) - request.num_prompt_tokens + num_ahead
     return (
         num_ahead < _MOST_IN_FLIGHT
-        and num_tokens < request.sampling.max_tokens
+        and request.num_computed_tokens < request.num_computable_tokens
         and not (num_ahead and request.num_strikes)
     )

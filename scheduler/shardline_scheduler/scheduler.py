@@ -349,7 +349,12 @@ class Scheduler:
         """
         outputs: list[RequestOutput] = []
         going_on: list[Request] = []
-        logprobs = result.logprobs
+        may_fill_block: list[Request] = []
+        logprobs, plans_ahead, block_size = (
+            result.logprobs,
+            self._plans_ahead,
+            self.config.block_size,
+        )
         for request, index, token_id in zip(
             drawn.drawers, drawn.drawing_indexes, result.token_ids, strict=True
         ):
@@ -357,11 +362,14 @@ class Scheduler:
                 continue
             outcome: BudgetOutcome | None = None
             finish_reason = request.append(token_id, now)
-            num_tokens = len(request.token_ids) - request.num_prompt_tokens
+            num_known = len(request.token_ids)
+            num_tokens = num_known - request.num_prompt_tokens
             if finish_reason is not None:
                 outcome = self._finish(request, now)
             else:
                 going_on.append(request)
+                if plans_ahead and not num_known % block_size:
+                    may_fill_block.append(request)
                 if num_tokens == 1 or num_tokens == request.terms.num_planned_tokens:
                     self._keeper.take_token(request)
             outputs.append(
@@ -377,8 +385,7 @@ class Scheduler:
                 )
             )
         self._running.take_tokens(going_on)
-        if self._plans_ahead:
-            self._memory.register_late(going_on)
+        self._memory.register_late(may_fill_block)
         return outputs
 
     def _finish(self, request: Request, now: float) -> BudgetOutcome:

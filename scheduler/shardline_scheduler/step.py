@@ -61,7 +61,8 @@ class Step:
                 columns.token_ids.append(token_ids[position])
             else:
                 columns.token_ids.append(LAST_DRAWN)
-                last_read = max(last_read, request.drawing_step_id)
+                if request.drawing_step_id > last_read:
+                    last_read = request.drawing_step_id
             place = position % block_size
             if not place:
                 self._begin_block(row, request)

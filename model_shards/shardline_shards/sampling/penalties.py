@@ -16,10 +16,11 @@ def adjust_logits(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
 
     `logits` are left as they are: a copy is made if, and only if, some row asks for a change.
     """
-    biases = {i: row.sampling.logit_bias for i, row in enumerate(rows) if row.sampling.logit_bias}
-    forbidden = {i: _forbidden(row) for i, row in enumerate(rows) if _is_short(row)}
-    seen = {i: _seen(row) for i, row in enumerate(rows) if row.sampling.repetition_penalty != 1.0}
-    drawn = {i: _drawn(row) for i, row in enumerate(rows) if _is_counted(row)}
+    own = [(i, row) for i, row in enumerate(rows) if row.adjusts_logits]
+    biases = {i: row.sampling.logit_bias for i, row in own if row.sampling.logit_bias}
+    forbidden = {i: _forbidden(row) for i, row in own if _is_short(row)}
+    seen = {i: _seen(row) for i, row in own if row.sampling.repetition_penalty != 1.0}
+    drawn = {i: _drawn(row) for i, row in own if _is_counted(row)}
     if not (biases or forbidden or seen or drawn):
         return logits.float()
     adjusted = logits.to(torch.float32, copy=True)
