@@ -15,6 +15,7 @@ import shardline_shards.attention
 from shardline_shards.attention import BACKENDS, KVLayer, PagedBatch
 from shardline_shards.attention.build import BuildError, build, compiler_command
 
+SOURCE_FOLDER = Path(shardline_shards.attention.__file__).parent / "csrc"
 COMPILER = """#!/bin/sh
 echo run >> {log}
 while [ "$1" != "-o" ]; do shift; done
@@ -67,8 +68,7 @@ def test_a_cache_that_cannot_be_written_is_named(
 
 
 def test_the_sources_lie_in_the_package() -> None:
-    folder = Path(shardline_shards.attention.__file__).parent / "csrc"
-    sources = {path.name: path.read_text() for path in folder.iterdir()}
+    sources = {path.name: path.read_text() for path in SOURCE_FOLDER.iterdir()}
     compiled = {name for name in sources if name.endswith(".cpp")}
     assert {"paged_attention.cpp", "decoder_stack.cpp"} <= compiled
     included = {name for text in sources.values() for name in re.findall(r'#include "(.*)"', text)}
@@ -97,6 +97,21 @@ def test_it_compiles_for_processors_that_do_without(processor: str) -> None:
     """Of AVX-512, pairs of bf16 and tiles: none, none with AVX2, the first, all."""
     command = [*compiler_command(processor), "-O0", "-fsyntax-only"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="asks for processors of this kind")
+@pytest.mark.parametrize(
+    ("processor", "passes_by_caches"),
+    [("x86-64-v4", False), ("sapphirerapids", False), ("znver2", True), ("znver3", True)],
+)
+def test_weights_pass_by_the_caches_where_they_can(processor: str, passes_by_caches: bool) -> None:
+    """Where they cannot, asking for it makes a step take 2.7 times as long: it did, unnoticed."""
+    expected = "==" if passes_by_caches else "!="
+    program = f'#include "vector_math.h"\nstatic_assert(kOnce {expected} 0);\n'
+    command = [word for word in compiler_command(processor) if not word.endswith(".cpp")]
+    command += [f"-I{SOURCE_FOLDER}", "-fsyntax-only", "-x", "c++", "-"]
+    result = subprocess.run(command, input=program, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
 
 

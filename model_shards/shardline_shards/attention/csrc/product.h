@@ -38,7 +38,7 @@ constexpr int kNumRegisters = kLanes == 8 ? 16 : 32;
 constexpr int64_t kRowBlockBytes = 1 << 18;      // of input that stays in a core's cache
 constexpr int64_t kTileRowBlockBytes = 1 << 20;  // likewise, where tile registers multiply
 constexpr int64_t kBytesAhead = 2048;            // how far in front of a pass weights are fetched
-constexpr int64_t kTileBytesAhead = 8192;        // likewise, where tile registers multiply
+constexpr int64_t kTileBytesAhead = 4096;        // likewise, where tile registers multiply
 
 // Whether registers hold the sums of a pass beside one row of weights and one number of the input.
 constexpr bool fits(int rows, int panels) { return (rows + 1) * panels + 1 <= kNumRegisters; }
@@ -137,8 +137,7 @@ struct Tile {
 };
 
 // Calls `run` with what a tile fetches while it is multiplied. The only one streams: it fetches a
-// little in front of itself, past the caches, in which other processes then find what they left.
-// Of several, each fetches its share of the next group.
+// little in front of itself. Of several, each fetches its share of the next group.
 template <typename T, int kPanels, typename Run>
 C10_ALWAYS_INLINE void with_fetch(
     const Packed<T>& w, int64_t group, const Tile& tile, int64_t bytes_ahead, const Run& run) {
