@@ -102,7 +102,8 @@ class RunningRequests:
         plans_ahead = self._plans_ahead
         for request in requests:
             had_strikes, request.num_strikes = request.num_strikes, 0
-            # Ahead, it is in the queue already if nothing but this token was in flight.
+            # Ahead, it is in the queue already if nothing but this token was in flight. Otherwise
+            # of what `may_plan_ahead` asks, only the end is still open here.
             if plans_ahead and not (
                 (request.num_tokens_in_flight or had_strikes)
                 and request.num_computed_tokens < request.num_computable_tokens

@@ -350,11 +350,8 @@ class Scheduler:
         outputs: list[RequestOutput] = []
         going_on: list[Request] = []
         may_fill_block: list[Request] = []
-        logprobs, plans_ahead, block_size = (
-            result.logprobs,
-            self._plans_ahead,
-            self.config.block_size,
-        )
+        logprobs, plans_ahead = result.logprobs, self._plans_ahead
+        block_size = self.config.block_size
         for request, index, token_id in zip(
             drawn.drawers, drawn.drawing_indexes, result.token_ids, strict=True
         ):
