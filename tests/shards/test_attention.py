@@ -334,7 +334,8 @@ def test_without_a_compiler_the_reference_runs_and_says_so_once(
         with caplog.at_level(logging.WARNING):
             assert select_backend(CPU, torch.float32) is BACKENDS["reference"]
             assert select_backend(CPU, torch.bfloat16) is BACKENDS["reference"]
-        (record,) = caplog.records
+        # Where CUDA's compiler is installed, torch says something of its own at its first import.
+        (record,) = [record for record in caplog.records if record.name.startswith("shardline")]
         assert "no-such-compiler" in record.message
         assert "apt install g++" in record.message
     finally:
